@@ -1,0 +1,108 @@
+"""What a run ran on and what it took: versions, machine, peak memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+# The packages whose version can change a number in the result.
+PACKAGES = ("bildung", "torch", "tokenizers", "safetensors", "gguf")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that can change a result; imports none of them."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, usable cores, memory in bytes and, when torch runs on one, the accelerator."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found: dict[str, Any] = {"system": platform.system(), "processor": _processor(), "cores": cores}
+    found["memory_bytes"] = psutil.virtual_memory().total
+    if torch := _torch_on_cuda():
+        found["accelerator"] = torch.cuda.get_device_name()
+    return found
+
+
+class PeakMemory:
+    """`with PeakMemory() as peak: ...`; afterwards `peak.bytes` is the highest resident memory of this process inside.
+
+    Linux keeps that mark itself (VmHWM) and lets a process set it back: exact and free. Where it cannot be set back
+    (other systems, some containers) a thread looks every 20 ms and may miss a shorter peak.
+    `peak.accelerator_bytes` is what torch allocated at most on the accelerator, 0 without one.
+    """
+
+    bytes: int = 0
+    accelerator_bytes: int = 0
+
+    def __enter__(self) -> PeakMemory:
+        self._process = psutil.Process()
+        self._over = threading.Event()
+        self._sampler = None if _reset_high_water_mark() else threading.Thread(target=self._sample, daemon=True)
+        if self._sampler:
+            self._sampler.start()
+        if torch := _torch_on_cuda():
+            torch.cuda.reset_peak_memory_stats()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._sampler:
+            self._over.set()
+            self._sampler.join()
+        else:
+            self.bytes = _high_water_mark()
+        if torch := _torch_on_cuda():
+            self.accelerator_bytes = torch.cuda.max_memory_allocated()
+
+    def _sample(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, self._process.memory_info().rss)
+            if self._over.wait(0.02):
+                return
+
+
+def _reset_high_water_mark() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): 5 sets VmHWM back to the current resident size
+    except OSError:
+        return False
+    return True
+
+
+def _high_water_mark() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _torch_on_cuda() -> Any:
+    """torch, if this process has imported it already and it has started CUDA; never imports or starts anything."""
+    torch = sys.modules.get("torch")
+    return torch if torch is not None and torch.cuda.is_initialized() else None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

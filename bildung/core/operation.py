@@ -1,0 +1,174 @@
+"""`perform`: the one way anything is made. It decides whether to work, guards the place, and leaves a record.
+
+    inputs      operation + resolved settings + hashes of source, companions and data   ->  fingerprint
+    out         holds a record with this fingerprint: up to date, returned untouched
+    out.partial where the work writes. Kept after a kill or an error, so the work finds its checkpoint when it is run
+                again with the same inputs; thrown away (and said so) when the inputs are others
+    out         appears by one rename, after record.json, the last file, is on the disk
+
+So `out` either is complete or does not exist, whatever dies in between: the process, the machine, the disk's space.
+How that is done is in core/staging.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bildung.core.errors import ModelFileError, OutputError
+from bildung.core.hardware import PeakMemory, hardware, versions
+from bildung.core.record import (
+    Record,
+    as_ancestor,
+    damage,
+    describe_files,
+    hash_directory,
+    read_record,
+    write_record,
+)
+from bildung.core.settings import as_dict
+from bildung.core.staging import changed_inputs, place_of_work, publish, to_disk, was_interrupted
+
+
+class OccupiedError(OutputError):
+    """`out` holds the finished result of other inputs: running with `force` replaces it."""
+
+
+@dataclasses.dataclass
+class Job:
+    """What the work of an operation gets to read (first four) and to fill in; the rest of the record writes itself."""
+
+    operation: str
+    source: Path | None
+    out: Path  # the place of work; may hold the checkpoint of an interrupted run
+    settings: Any
+    source_record: Record | None = None
+    before: dict[str, Any] = dataclasses.field(default_factory=dict)
+    after: dict[str, Any] = dataclasses.field(default_factory=dict)
+    measured: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    tokens_seen: int = 0
+    trained_tokens: int = 0
+
+
+def perform(
+    operation: str,
+    source: Path | None,
+    out: Path,
+    settings: Any,
+    work: Callable[[Job], None],
+    *,
+    data: Mapping[str, str] | None = None,
+    companions: Mapping[str, Path] | None = None,
+    force: bool = False,
+) -> Record:
+    """Makes `out` by `work`, or finds it up to date; returns its record.
+
+    data        {name: sha256} of what is read besides models (data.sources.fingerprint)
+    companions  {name: directory} of other models that take part (a reference, a teacher)
+    force       work even when `out` is up to date, and replace the bildung result that `out` holds
+    Raises OutputError when `out` is occupied, being written by another process, or the disk is full.
+    """
+    out = Path(out)
+    inputs: dict[str, Any] = {
+        "operation": operation,
+        "settings": as_dict(settings),
+        "source": _identify(source, out),
+        "companions": {name: _identify(path, out) for name, path in (companions or {}).items()},
+        "data": dict(data or {}),
+    }
+    if (made := _up_to_date(out, inputs, force)) is not None:
+        return made
+    with place_of_work(out, inputs) as staging:
+        if (made := _finished(staging, inputs)) is None:
+            source_record = read_record(source) if source is not None else None
+            made = _work(Job(operation, source, staging, settings, source_record), inputs, work)
+        publish(staging, out)
+    return made
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """The hash of everything that decides the result. Where directories lie does not, only what is in them."""
+    content = {name: inputs[name] for name in ("operation", "settings", "data")}
+    content["source"] = inputs["source"] and inputs["source"]["hash"]
+    content["companions"] = {name: companion["hash"] for name, companion in inputs["companions"].items()}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _identify(path: Path | None, out: Path) -> dict[str, str] | None:
+    if path is None:
+        return None
+    path = Path(path)
+    if not path.exists():
+        raise ModelFileError(f"{path} does not exist; give the directory or file of a model")
+    here, there = path.resolve(), out.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise OutputError(f"{out} and its source {path} must not be the same or lie in one another; choose another out")
+    return {"path": os.path.relpath(path, out), "hash": hash_directory(path)}
+
+
+def _up_to_date(out: Path, inputs: dict[str, Any], force: bool) -> Record | None:
+    """The record of `out` when nothing is to be done, None when the way is free; OutputError when it is not."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    record = read_record(out) if out.is_dir() else None
+    if record is None:
+        raise OutputError(
+            f"{out} is there already and was not made by bildung (no record.json). It is left as it is; "
+            "choose another place or move it away"
+        )
+    if force:
+        return None
+    if record.fingerprint == fingerprint(inputs):
+        if what := damage(out, record):
+            raise OccupiedError(f"{out} contradicts its record: {what}. --force makes it anew")
+        return record
+    shown = "; ".join(changed_inputs({name: getattr(record, name) for name in inputs}, inputs)) or "other inputs"
+    raise OccupiedError(f"{out} holds the result of something else ({shown}). --force replaces it")
+
+
+def _work(job: Job, inputs: dict[str, Any], work: Callable[[Job], None]) -> Record:
+    """Runs the work and writes the record, the sign that the place of work is complete."""
+    if was_interrupted(job.out):
+        job.notes.append("went on from an interrupted run; seconds and memory are those of the last stretch")
+    started, start = datetime.datetime.now(datetime.UTC), time.monotonic()
+    with PeakMemory() as peak:
+        work(job)
+    parent = job.source_record
+    record = Record(
+        **inputs,
+        fingerprint=fingerprint(inputs),
+        seed=getattr(job.settings, "seed", None),
+        versions=versions(),
+        hardware=hardware(),
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(time.monotonic() - start, 3),
+        peak_bytes=peak.bytes,
+        accelerator_peak_bytes=peak.accelerator_bytes,
+        tokens_seen=job.tokens_seen,
+        trained_tokens=job.trained_tokens,
+        before=job.before,
+        after=job.after,
+        measured=job.measured,
+        notes=job.notes,
+        files=describe_files(job.out),
+        ancestors=[*parent.ancestors, as_ancestor(parent)] if parent else [],
+    )
+    for name in record.files:
+        to_disk(job.out / name)
+    write_record(job.out, record)
+    to_disk(job.out)
+    return record
+
+
+def _finished(staging: Path, inputs: dict[str, Any]) -> Record | None:
+    """The record of a place of work that only lacked its rename."""
+    record = read_record(staging)
+    return record if record and record.fingerprint == fingerprint(inputs) and not damage(staging, record) else None

@@ -1,0 +1,172 @@
+"""The place of work: `out.partial`, beside `out`, held by one process, kept over a kill, published by one rename.
+
+Hidden names (".checkpoint") in it are scratch: they survive a kill, so the next run can go on from them, and are
+removed when the result is published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from bildung.core.errors import OutputError
+
+INPUTS = ".inputs.json"  # what the run that works here, or was interrupted here, started from
+
+
+def staging_of(out: Path) -> Path:
+    """Where `out` is written before it is `out`: beside it, so that the final rename stays on one file system."""
+    return out.with_name(out.name + ".partial")
+
+
+@contextlib.contextmanager
+def place_of_work(out: Path, inputs: Mapping[str, Any]) -> Iterator[Path]:
+    """The directory to write `out` into, held by this process alone, with what an interrupted run on `inputs` left.
+
+    Raises OutputError when another process holds it, when it holds something foreign, or when the disk is full.
+    """
+    staging = staging_of(out)
+    with _disk_trouble(staging):
+        staging.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(staging):
+            _prepare(staging, inputs)
+            try:
+                yield staging
+            except BaseException:
+                if not was_interrupted(staging):
+                    shutil.rmtree(staging, ignore_errors=True)  # it failed before it made anything worth keeping
+                raise
+
+
+def was_interrupted(staging: Path) -> bool:
+    """Whether a place of work holds anything from an earlier run."""
+    return staging.is_dir() and any(path.name != INPUTS for path in staging.iterdir())
+
+
+def publish(staging: Path, out: Path) -> None:
+    """`staging` becomes `out`. A directory cannot be renamed over a full one, so an old result steps aside first."""
+    for path in staging.iterdir():
+        if path.name.startswith(".") and path.name != INPUTS:
+            _remove(path)
+    old = out.with_name(out.name + ".old")
+    if out.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    # A kill between the two renames leaves no `out`, but a complete place of work: the next run finds it and publishes.
+    staging.rename(out)
+    (out / INPUTS).unlink(missing_ok=True)
+    shutil.rmtree(old, ignore_errors=True)
+    to_disk(out.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Waits until a file's or directory's content has left the caches: a rename must not overtake it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two runs' inputs in words; a model that merely lies elsewhere is the same model."""
+    lines = differences({name: old.get(name) for name in new}, new)
+    return [line for line in lines if not line.startswith(("source.path ", "companions.")) or ".hash " in line]
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """What differs between two trees of JSON values: ["settings.rank 8 -> 16", ...]."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+            if old.get(key) != new.get(key)
+        ]
+    return [] if old == new else [f"{path} {_short(old)} -> {_short(new)}"]
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds the lock on a directory (made if need be); the system frees it when the process dies, however it dies."""
+    while True:
+        directory.mkdir(exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(f"another process is writing {directory}; wait for it, or stop it first") from None
+            # The other process may have renamed or removed the directory between our open and our lock.
+            if directory.exists() and os.stat(directory).st_ino == os.fstat(handle).st_ino:
+                yield
+                return
+        finally:
+            os.close(handle)
+
+
+def _prepare(staging: Path, inputs: Mapping[str, Any]) -> None:
+    """Keeps what an interrupted run with the same inputs left; empties the place otherwise."""
+    mark = staging / INPUTS
+    if mark.exists():
+        try:
+            reasons = changed_inputs(json.loads(mark.read_text(encoding="utf-8")), inputs)
+        except ValueError:  # killed while the mark was being written
+            reasons = ["its inputs cannot be read"]
+        if not reasons:
+            return
+        if was_interrupted(staging):
+            print(f"what an interrupted run left in {staging} is thrown away: {'; '.join(reasons)}", file=sys.stderr)
+        mark.write_text("")  # the mark loses its meaning first: a kill from here on cannot leave a false one
+        for path in staging.iterdir():
+            if path != mark:
+                _remove(path)
+    elif any(staging.iterdir()):
+        raise OutputError(f"{staging} is needed as place of work but holds something else; move it away")
+    mark.write_text(json.dumps(inputs), encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _disk_trouble(staging: Path) -> Iterator[None]:
+    """Turns a full or read-only disk into an OutputError; other errors pass."""
+    anywhere = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
+    here = {errno.EROFS: "the disk is read-only", errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
+    try:
+        yield
+    # safetensors (Rust) and torch (C++) raise errors of their own kind, which carry the system's text and no number.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        trouble = anywhere.get(number) if number else None
+        if trouble is None and "No space left on device" in str(error):
+            trouble = anywhere[errno.ENOSPC]
+        if trouble is None and str(getattr(error, "filename", None) or "").startswith(str(staging)):
+            trouble = here.get(number) if number else None
+        if trouble is None:
+            raise
+        raise OutputError(
+            f"cannot write {staging}: {trouble}. Nothing half-written is published; "
+            "mend it and run the same command again, it goes on from what is there"
+        ) from error
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text[:12] if len(text) == 64 and text.isalnum() else text if len(text) <= 60 else text[:57] + "..."

@@ -12,6 +12,7 @@
     │   └── ChatTemplateError       a chat template that fails, loops, or tries to leave its sandbox
     ├── DataError                   data that cannot be used: empty, wrong shape, not UTF-8, unknown source
     ├── NoSuchSite                  no activation site matches the pattern
+    ├── BadIntervention             an intervention changed shape or type, or a site is already taken
     ├── NoSuchLinear                no weight matrix matches the pattern
     └── TrainingError               nothing to train, zero trained tokens, loss is not a number
 
@@ -70,6 +71,10 @@ class DataError(BildungError, ValueError):
 
 class NoSuchSite(BildungError, LookupError):
     """No activation site matches."""
+
+
+class BadIntervention(BildungError, ValueError):
+    """An intervention broke the contract of its site."""
 
 
 class NoSuchLinear(BildungError, LookupError):

@@ -1,0 +1,41 @@
+"""bildung: a language model's whole life on one readable PyTorch model code.
+
+import bildung
+lm = bildung.load("path/to/model")            # .model, .tokenizer, .config, .record
+logits_BLV = lm.model(tokens_BL)
+text = bildung.generate(lm, "prompt", new_tokens=32)
+bildung.save(lm, "path/to/copy")
+
+The names below are loaded when first used, so that `import bildung` and the command line start without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "load": "bildung.model.store",
+    "save": "bildung.model.store",
+    "LanguageModel": "bildung.model.store",
+    "build": "bildung.model.transformer",
+    "sites": "bildung.model.taps",
+    "observe": "bildung.model.taps",
+    "intervene": "bildung.model.taps",
+    "attach": "bildung.model.taps",
+    "detach": "bildung.model.taps",
+    "deltas_off": "bildung.model.linear",
+    "generate": "bildung.run.generate",
+}
+__all__ = [*_HOMES]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'bildung' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,182 @@
+"""Adapters on disk in PEFT's format: adapter_config.json + adapter_model.safetensors.
+
+What `peft` writes is read here, and `peft` reads what is written here, with equal logits. Several low-rank deltas on
+one matrix are one low-rank delta of their summed rank, [B1 B2] [A1; A2], so a model tuned, edited and tuned again is
+still one ordinary adapter on its base.
+"""
+
+# R rank, I input features, O output features
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bildung.core.errors import AdapterError, OutputError, nearest
+from bildung.model.linear import LowRank, linears
+from bildung.model.safetensors_file import read_file
+from bildung.model.transformer import Decoder
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# peft's keys that change the numbers: only these values are built here. Keys absent from a file have the first value.
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (None, False),
+    "fan_in_fan_out": (False, None),
+    "modules_to_save": (None, []),
+    "lora_bias": (False, None),
+    "layer_replication": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "lora_ga_config": (None,),
+    "kappa_tune_config": (None,),
+}
+# Keys that describe how training went, where things lie, or what the tensors' own names and shapes say again.
+READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern", "rank_pattern", "base_model_name_or_path"}
+INERT = READ | set(
+    ["task_type", "inference_mode", "revision", "auto_mapping", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "runtime_config", "peft_version", "qalora_group_size", "ensure_weight_tying"]
+)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json, every key accounted for. Raises AdapterError."""
+    path = directory / CONFIG
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(given, dict):
+        raise AdapterError(f"{path} holds a {type(given).__name__}; a JSON object is expected.")
+    for key, value in given.items():
+        allowed = REQUIRED.get(key)
+        if allowed is not None and value not in allowed:
+            raise AdapterError(f"{path}: {key} = {value!r} is not supported; allowed: {allowed[0]!r}.")
+        if allowed is None and key not in INERT and value not in (None, False, {}, []):
+            raise AdapterError(f"{path}: unknown key {key!r} = {value!r}. {nearest(key, INERT | set(REQUIRED))}")
+    return given
+
+
+def find_base(directory: Path, settings: dict[str, Any]) -> Path:
+    """The base model's directory: where the config says, or, when the life was moved, its sibling of that name."""
+    named = settings.get("base_model_name_or_path") or ""
+    for place in (Path(named), directory / named, directory.parent / Path(named).name):
+        if named and (place / "config.json").exists():
+            return place
+    raise AdapterError(
+        f"{directory / CONFIG} names the base model {named!r}, which is not a model directory here; "
+        f"put it there or correct base_model_name_or_path."
+    )
+
+
+def add_to(model: Decoder, directory: Path, settings: dict[str, Any], name: str = "default") -> None:
+    """Add the adapter's deltas to `model` under `name`. Raises AdapterError when they do not fit it."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    path = directory / TENSORS
+    for key, tensor in read_file(path):
+        target, _, factor = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if factor not in ("lora_A", "lora_B"):
+            raise AdapterError(f"{path}: tensor {key!r} is neither a lora_A nor a lora_B.")
+        pairs.setdefault(target, {})[factor] = tensor
+    there = linears(model)
+    if not pairs:
+        raise AdapterError(f"{path} holds no tensors; an adapter that matches no layer changes nothing.")
+    for target, factors in pairs.items():
+        linear = there.get(target)
+        if linear is None:
+            raise AdapterError(
+                f"{path} was made for a matrix {target!r} that this model does not have. {nearest(target, there)}"
+            )
+        lora_A, lora_B = factors.get("lora_A"), factors.get("lora_B")
+        if lora_A is None or lora_B is None:
+            raise AdapterError(f"{path}: {target} has only one of lora_A and lora_B.")
+        rank = lora_A.shape[0]
+        if lora_A.shape != (rank, linear.in_features) or lora_B.shape != (linear.out_features, rank):
+            raise AdapterError(
+                f"{path}: factors {tuple(lora_B.shape)} x {tuple(lora_A.shape)} do not fit {target} of shape "
+                f"({linear.out_features}, {linear.in_features}); the adapter belongs to another model."
+            )
+        if not bool(torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+            raise AdapterError(f"{path}: {target} holds values that are not finite numbers; the file is damaged.")
+        alpha = _pattern_value(settings.get("alpha_pattern"), target, settings.get("lora_alpha", 8))
+        scaling = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+        delta = LowRank(linear.in_features, linear.out_features, rank, scaling, settings.get("lora_dropout") or 0.0)
+        delta.lora_A, delta.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        linear.deltas[name] = delta.to(model.device).eval()
+
+
+def _pattern_value(patterns: dict[str, float] | None, target: str, default: float) -> float:
+    """peft's alpha_pattern: the value of the key that the module path ends in, else the default."""
+    for key, value in (patterns or {}).items():
+        if target == key or target.endswith(f".{key}"):
+            return value
+    return default
+
+
+def write(model: Decoder, directory: Path, base: Path | None) -> None:
+    """Write every low-rank delta of `model` as one PEFT LoRA adapter on `base`.
+
+    Raises OutputError when a delta is switched off or not low-rank, or the base has no place of its own on disk.
+    """
+    if base is None:
+        raise OutputError("an adapter is saved as an addition to a base model on disk; save the base model first.")
+    if model.attached:
+        raise OutputError("this model carries deltas and attached modules; save them one after the other.")
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    dropouts: set[float] = set()
+    for name, linear in linears(model).items():
+        deltas = list(linear.deltas.values())
+        if not deltas:
+            continue
+        low_rank = [delta for delta in deltas if isinstance(delta, LowRank)]
+        if len(low_rank) < len(deltas) or not all(delta.enabled for delta in low_rank):
+            raise OutputError(f"{name} carries a delta that is switched off or has no low-rank form; delete it first.")
+        dropouts |= {delta.dropout for delta in low_rank}
+        # Several deltas share one alpha / rank, so each B takes its own scaling along; a single one stays as trained.
+        single = len(low_rank) == 1
+        lora_A = torch.cat([delta.lora_A for delta in low_rank])
+        lora_B = torch.cat([delta.lora_B if single else delta.lora_B * delta.scaling for delta in low_rank], dim=1)
+        ranks[name] = lora_A.shape[0]
+        alphas[name] = (low_rank[0].scaling if single else 1.0) * ranks[name]
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_B.detach().cpu().contiguous()
+    rank, alpha = max(ranks.values()), max(alphas.values())
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": os.path.abspath(base),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": max(dropouts),
+        "bias": "none",
+        "target_modules": _shortest_names(list(ranks), list(linears(model))),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if not math.isclose(a, alpha)},
+        "inference_mode": True,
+    }
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
+
+
+def _shortest_names(chosen: list[str], all_names: list[str]) -> list[str]:
+    """["q_proj", "v_proj"] when exactly the matrices of these kinds were chosen, else the full paths."""
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    same = [name for name in all_names if name.rsplit(".", 1)[-1] in kinds]
+    return kinds if sorted(same) == sorted(chosen) else chosen

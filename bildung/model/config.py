@@ -1,0 +1,215 @@
+"""What a model is made of, read from a Hugging Face config.json with every key accounted for.
+
+A `config.json` is hostile until checked, and a key that is silently dropped is a wrong model. So a family
+*takes* the keys it honours from `ConfigKeys`, requires fixed values for the ones it does not implement, and
+`finish()` refuses whatever is left over. The raw dictionary is kept and written back on save.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from bildung.core.errors import ConfigError, nearest
+
+# The families this code can build: one file each in families/, named by config.json's `model_type`.
+MODEL_TYPES = tuple(sorted(p.stem for p in (Path(__file__).parent / "families").glob("*.py") if p.stem[0] != "_"))
+
+# Keys that say nothing about the numbers: bookkeeping of transformers, defaults of its generate() and its pipelines.
+INERT_KEYS = frozenset(
+    ["architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_llama_config", "transformers.js_config", "task_specific_params", "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset"]
+)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base frequency and how it was stretched (`kind`: default, linear, llama3)."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's shape. Field names are Hugging Face's where it has a name."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    hidden_act: str = "silu"
+    rope: Rope = field(default_factory=Rope)
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    # Sliding window of each layer, in tokens counted with the query itself; None = sees everything before it.
+    windows: tuple[int | None, ...] = ()
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"]:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                raise ConfigError(f"config.json: {name} = {value!r}; it must be a positive whole number.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"config.json: num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}; every key-value head serves equally many queries."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"config.json: head_dim = {self.head_dim} is odd; RoPE turns pairs of dimensions.")
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_hidden_layers)
+        if len(self.windows) != self.num_hidden_layers:
+            raise ConfigError(
+                f"config.json: {len(self.windows)} attention windows for {self.num_hidden_layers} layers."
+            )
+
+
+class ConfigKeys:
+    """The keys of one config.json, ticked off as a family reads them."""
+
+    def __init__(self, raw: dict[str, Any]):
+        self.raw = raw
+        self.left = {k: v for k, v in raw.items() if k not in INERT_KEYS}
+        self.known: set[str] = set()
+
+    def take(self, name: str, *default: Any) -> Any:
+        """The value of `name` (null counts as absent); without a default the key is required."""
+        self.known.add(name)
+        value = self.left.pop(name, None)
+        if value is not None:
+            return value
+        if default:
+            return default[0]
+        raise ConfigError(
+            f"config.json of model_type {self.raw.get('model_type')!r} lacks the key {name!r}, which has no default."
+        )
+
+    def number(self, name: str, *default: float) -> float:
+        """A finite number."""
+        value = self.take(name, *default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+            raise ConfigError(f"config.json: {name} = {value!r}; it must be a number.")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A boolean."""
+        value = self.take(name, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"config.json: {name} = {value!r}; it must be true or false.")
+        return value
+
+    def require(self, name: str, *allowed: Any) -> Any:
+        """`name` must be absent or one of `allowed`: other values change the numbers in a way not built here."""
+        value = self.take(name, allowed[0])
+        if value not in allowed:
+            raise ConfigError(
+                f"config.json: {name} = {value!r} is not supported; allowed: {', '.join(map(repr, allowed))}."
+            )
+        return value
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """A token id, a list of them, or nothing."""
+        value = self.take(name, [])
+        ids = value if isinstance(value, list) else [value]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+            raise ConfigError(f"config.json: {name} = {value!r}; it must be a token id or a list of token ids.")
+        return tuple(ids)
+
+    def finish(self) -> None:
+        """Refuse what nobody took."""
+        # A null is transformers' way to write "not set".
+        unknown = {k: v for k, v in self.left.items() if v is not None}
+        if unknown:
+            name, value = next(iter(unknown.items()))
+            raise ConfigError(
+                f"config.json: unknown key {name!r} = {str(value)[:80]!r} for model_type "
+                f"{self.raw.get('model_type')!r} ({len(unknown)} unknown: {', '.join(sorted(unknown))}). "
+                f"Ignoring it could silently change the model. {nearest(name, self.known)}".strip()
+            )
+
+
+def rope_from(keys: ConfigKeys) -> Rope:
+    """RoPE settings from either form: transformers 5 `rope_parameters`, or `rope_theta` + `rope_scaling` before it."""
+    theta = keys.number("rope_theta", 10000.0)
+    new, old = keys.take("rope_parameters", {}), keys.take("rope_scaling", {})
+    given = dict(new or old)
+    theta = float(given.pop("rope_theta", theta))
+    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+    given.pop("type", None)
+    numbers = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    if kind not in numbers:
+        raise ConfigError(f"config.json: RoPE scaling {kind!r} is not supported; allowed: {', '.join(numbers)}.")
+    rope: dict[str, Any] = {}
+    for name in numbers[kind]:
+        value = given.pop(name, None)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ConfigError(f"config.json: RoPE scaling {kind!r} needs a positive {name}; it is {value!r}.")
+        rope[name] = value
+    given = {k: v for k, v in given.items() if v is not None and not (k == "factor" and v == 1.0)}
+    if given:
+        raise ConfigError(f"config.json: RoPE scaling {kind!r} does not know {', '.join(sorted(given))}.")
+    return Rope(theta=theta, kind=kind, **rope)
+
+
+def from_dict(raw: dict[str, Any]) -> ModelConfig:
+    """ModelConfig from a config.json dictionary.
+
+    Raises ConfigError for an unknown architecture, an unknown or missing key, an impossible or unsupported value.
+    """
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES:
+        hint = nearest(str(model_type), MODEL_TYPES)
+        raise ConfigError(
+            f"config.json: model_type = {model_type!r} is not known; known: {', '.join(MODEL_TYPES)}. {hint}".strip()
+        )
+    if raw.get("auto_map"):
+        raise ConfigError("config.json: `auto_map` asks to run code that came with the model; that is never done here.")
+    family = import_module(f"bildung.model.families.{model_type}")
+    keys = ConfigKeys(raw)
+    keys.take("model_type")
+    keys.take("quantization_config", None)  # read by model/store.py: how the numbers are stored, not what they are
+    config: ModelConfig = family.config(keys)
+    keys.finish()
+    return replace(config, raw=raw)
+
+
+def read_config(directory: Path) -> ModelConfig:
+    """ModelConfig of a Hugging Face model directory."""
+    path = directory / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{directory} holds no config.json; a Hugging Face model directory is expected.") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}; a JSON object is expected.")
+    try:
+        return from_dict(raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -1,0 +1,53 @@
+"""Llama 1, 2, 3.x and SmolLM2: RMSNorm before each sublayer, RoPE, grouped-query attention, SiLU gated feed-forward.
+
+Touvron et al. 2023 (arXiv 2302.13971, 2307.09288), Grattafiori et al. 2024 (arXiv 2407.21783).
+The tensor names are Hugging Face's and equal the module paths here, so there is no name map.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bildung.model.config import ConfigKeys, ModelConfig, rope_from
+
+ARCHITECTURE = "LlamaForCausalLM"
+
+
+def decoder_keys(keys: ConfigKeys) -> dict[str, Any]:
+    """The keys that Llama, Mistral, Qwen2 and Qwen3 share."""
+    heads = keys.take("num_attention_heads")
+    hidden_size = keys.take("hidden_size")
+    pad = keys.token_ids("pad_token_id")
+    bos = keys.token_ids("bos_token_id")
+    # Attention dropout acts in training only; no published checkpoint of these families uses it.
+    keys.require("attention_dropout", 0.0)
+    keys.require("is_encoder_decoder", False)
+    keys.require("partial_rotary_factor", 1.0)
+    return {
+        "model_type": keys.raw["model_type"],
+        "vocab_size": keys.take("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": keys.take("intermediate_size"),
+        "num_hidden_layers": keys.take("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.take("num_key_value_heads", heads),
+        "head_dim": keys.take("head_dim", hidden_size // heads if isinstance(heads, int) and heads > 0 else 0),
+        "max_position_embeddings": keys.take("max_position_embeddings"),
+        "rms_norm_eps": float(keys.number("rms_norm_eps", 1e-6)),
+        "hidden_act": keys.require("hidden_act", "silu"),
+        "rope": rope_from(keys),
+        "tie_word_embeddings": keys.flag("tie_word_embeddings", False),
+        "initializer_range": float(keys.number("initializer_range", 0.02)),
+        "bos_token_id": bos[0] if bos else None,
+        "eos_token_ids": keys.token_ids("eos_token_id"),
+        "pad_token_id": pad[0] if pad else None,
+    }
+
+
+def config(keys: ConfigKeys) -> ModelConfig:
+    """Llama: one `attention_bias` for q, k, v and o; `mlp_bias` for the feed-forward."""
+    keys.require("pretraining_tp", 1)  # >1 splits matmuls to mimic tensor parallelism: other rounding, same model
+    keys.require("rope_interleaved", False)
+    bias = keys.flag("attention_bias", False)
+    mlp_bias = keys.flag("mlp_bias", False)
+    return ModelConfig(**decoder_keys(keys), qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)

@@ -1,0 +1,52 @@
+"""Keys and values of the tokens read so far, so that each new token costs one row of attention instead of all.
+
+Preallocated once: a step writes in place and returns views, where growing by concatenation copies everything each step.
+Bytes = 2 (K and V) · layers · K heads · max_length · head_dim · element size, times the batch.
+"""
+
+# B batch, K key-value heads, S positions, H head dim
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bildung.core.errors import SettingsError
+from bildung.model.config import ModelConfig
+
+
+class KVCache:
+    """Rotated keys and values of every layer, and which of the positions are real tokens."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device):
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.keep_BS = torch.ones(batch_size, max_length, dtype=torch.bool, device=device)
+        self.all_kept = True
+        self.max_length = max_length
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def reserve(self, length: int, keep_BL: Tensor | None) -> None:
+        """Make sure `length` more tokens fit, and note which of them are padding."""
+        end = self.length + length
+        if end > self.max_length:
+            raise SettingsError(
+                f"the KV cache holds {self.max_length} tokens and {end} are needed; "
+                f"make it larger or the prompt and answer shorter."
+            )
+        if keep_BL is not None:
+            self.keep_BS[:, self.length : end] = keep_BL
+            self.all_kept = self.all_kept and bool(keep_BL.all())
+
+    def update(self, layer: int, k_BKLH: Tensor, v_BKLH: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens' keys and values; returns those of all tokens so far (views)."""
+        end = self.length + k_BKLH.shape[2]
+        self.keys[layer][:, :, self.length : end] = k_BKLH
+        self.values[layer][:, :, self.length : end] = v_BKLH
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]

@@ -1,0 +1,256 @@
+"""The weight seam: every weight matrix of every model is one `Linear` from the start.
+
+    y = base(x) + bias + sum of the enabled deltas          (Hu et al. 2021, eq. 3, for any kind of delta)
+
+`base` says how the numbers are stored (Dense here; Int8 and Nf4 in quantized.py). `deltas` say what was added later:
+a LoRA, a knowledge edit, a merged task vector; each can be switched off or deleted. So nothing is ever monkey-patched,
+renamed or wrapped, a method works on every store, and a store under every method.
+
+`recorder`, when set, yields each weight's input x and output gradient: all that Fisher information, GPTQ, Wanda,
+covariances of ROME and the hypernetworks of MEND need.
+"""
+
+# B L: any leading dimensions, I input features, O output features, R rank
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bildung.core.errors import NoSuchLinear, nearest
+
+
+class WeightStore(nn.Module):
+    """How one matrix W_OI is held in memory and on disk. Subclasses are final."""
+
+    in_features: int
+    out_features: int
+
+    def forward(self, x_BLI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """x W^T + bias, in the dtype of x."""
+        raise NotImplementedError
+
+    def dense(self) -> Tensor:
+        """The matrix W_OI itself, dequantized if need be."""
+        raise NotImplementedError
+
+    def tensors(self) -> dict[str, Tensor]:
+        """File suffix -> tensor, as written to safetensors (`q_proj` + `.weight`, ...)."""
+        raise NotImplementedError
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes this matrix takes in memory."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+
+class Dense(WeightStore):
+    """An ordinary matrix of floats."""
+
+    def __init__(self, weight_OI: nn.Parameter):
+        super().__init__()
+        self.weight = weight_OI
+        self.out_features, self.in_features = weight_OI.shape
+
+    def forward(self, x_BLI: Tensor, bias_O: Tensor | None) -> Tensor:
+        # Master weights may be float32 while activations run in bfloat16: the cast's backward returns a float32 grad.
+        return F.linear(x_BLI, self.weight.to(x_BLI.dtype), None if bias_O is None else bias_O.to(x_BLI.dtype))
+
+    def dense(self) -> Tensor:
+        return self.weight
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"weight": self.weight}
+
+
+class Delta(nn.Module):
+    """Something added to a weight matrix. Subclasses are final and hold what was learned as parameters."""
+
+    enabled: bool = True
+
+    def forward(self, x_BLI: Tensor, y_BLO: Tensor) -> Tensor:
+        """`y` plus this delta's share for input `x` (given y, a low-rank delta needs one fused multiply-add)."""
+        raise NotImplementedError
+
+    def weight(self) -> Tensor:
+        """The dense matrix dW_OI that the delta stands for."""
+        raise NotImplementedError
+
+
+class LowRank(Delta):
+    """dW = scaling * B A with A_RI, B_OR: LoRA, and the form in which every edit is kept.
+
+    LoRA (Hu et al. 2021, section 4.1) initialises A at random and B = 0, so the model is bit-equal at step 0, and uses
+    scaling = alpha / rank; rsLoRA (Kalajdzievski 2023) uses alpha / sqrt(rank). A's initial bound is 1/sqrt(I), peft's
+    `kaiming_uniform_(a=sqrt(5))`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        scaling: float,
+        dropout: float = 0.0,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | None = None,
+    ):
+        super().__init__()
+        self.scaling, self.dropout = scaling, dropout
+        bound = 1 / math.sqrt(in_features)
+        lora_A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(lora_A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension of the two factors."""
+        return self.lora_A.shape[0]
+
+    def forward(self, x_BLI: Tensor, y_BLO: Tensor) -> Tensor:
+        x_NI = F.dropout(x_BLI, self.dropout, self.training).flatten(0, -2)
+        h_NR = x_NI @ self.lora_A.to(x_NI.dtype).t()
+        y_NO = torch.addmm(y_BLO.flatten(0, -2), h_NR, self.lora_B.to(x_NI.dtype).t(), alpha=self.scaling)
+        return y_NO.view(y_BLO.shape)
+
+    def weight(self) -> Tensor:
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+
+class Recorder(Protocol):
+    """What listens to the weights of a model while it runs."""
+
+    def inputs(self, name: str, x_BLI: Tensor) -> None:
+        """Called in the forward pass with the input of matrix `name`."""
+
+    def gradients(self, name: str, x_BLI: Tensor, grad_BLO: Tensor) -> None:
+        """Called in the backward pass with the same input and the gradient of the loss at the output."""
+
+
+class Linear(nn.Module):
+    """One weight matrix: a store, an optional bias, named deltas, and a place to listen."""
+
+    def __init__(self, base: WeightStore, bias: bool = False, name: str = ""):
+        super().__init__()
+        self.name = name
+        self.base = base
+        self.bias = nn.Parameter(torch.zeros(base.out_features)) if bias else None
+        self.deltas = nn.ModuleDict()
+        self.recorder: Recorder | None = None
+
+    @property
+    def in_features(self) -> int:
+        """I of W_OI."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """O of W_OI."""
+        return self.base.out_features
+
+    def forward(self, x_BLI: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        y_BLO = self.base(x_BLI, self.bias)
+        for delta in self.deltas.values():
+            if delta.enabled:
+                y_BLO = delta(x_BLI, y_BLO)
+        if self.recorder is not None:
+            self._record(self.recorder, x_BLI, y_BLO)
+        return y_BLO
+
+    def _record(self, recorder: Recorder, x_BLI: Tensor, y_BLO: Tensor) -> None:
+        recorder.inputs(self.name, x_BLI.detach())
+        if y_BLO.requires_grad:
+            y_BLO.register_hook(lambda grad: recorder.gradients(self.name, x_BLI.detach(), grad))
+
+    def weight(self) -> Tensor:
+        """Dense effective weight W_OI, enabled deltas included: for merging, QK/OV circuits, and comparison."""
+        weight_OI = self.base.dense()
+        for delta in self.deltas.values():
+            if delta.enabled:
+                weight_OI = weight_OI + delta.weight().to(weight_OI.dtype)
+        return weight_OI
+
+
+def dense_linear(in_features: int, out_features: int, *, bias: bool = False, name: str = "") -> Linear:
+    """A Linear on an uninitialised Dense store (weights are drawn or loaded afterwards)."""
+    return Linear(Dense(nn.Parameter(torch.empty(out_features, in_features))), bias, name)
+
+
+def linears(model: nn.Module) -> dict[str, Linear]:
+    """Module path -> Linear, in forward order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+
+
+def match_linears(model: nn.Module, pattern: str | tuple[str, ...]) -> dict[str, Linear]:
+    """The Linears whose path fits a shell pattern or ends in a dotted name ("q_proj", "mlp.*", "*.layers.3.*").
+
+    "all" means every matrix except the unembedding `lm_head`. Raises NoSuchLinear, naming near misses, when one of the
+    patterns fits nothing (peft checks only that all patterns together match something).
+    """
+    all_of_them = linears(model)
+    found: dict[str, Linear] = {}
+    for one in (pattern,) if isinstance(pattern, str) else pattern:
+        if one == "all":
+            hits = [name for name in all_of_them if name != "lm_head"]
+        else:
+            hits = [n for n in all_of_them if fnmatch.fnmatchcase(n, one) or fnmatch.fnmatchcase(n, f"*.{one}")]
+        if not hits:
+            kinds = sorted({name.rsplit(".", 1)[-1] for name in all_of_them})
+            raise NoSuchLinear(
+                f"no weight matrix fits {one!r}; this model has {', '.join(kinds)} "
+                f"(or full paths such as {next(iter(all_of_them))!r}). {nearest(one, kinds)}".strip()
+            )
+        found.update({name: all_of_them[name] for name in hits})
+    return {name: linear for name, linear in all_of_them.items() if name in found}
+
+
+@contextmanager
+def deltas_off(model: nn.Module, name: str) -> Iterator[None]:
+    """Run without the deltas called `name`: before/after as a switch, and DPO's reference model for free.
+
+    Raises NoSuchLinear when no matrix carries such a delta.
+    """
+    deltas = [linear.deltas[name] for linear in linears(model).values() if name in linear.deltas]
+    if not deltas:
+        there = sorted({key for linear in linears(model).values() for key in linear.deltas})
+        raise NoSuchLinear(f"no delta is called {name!r}; this model carries {', '.join(there) or 'none'}.")
+    before = [delta.enabled for delta in deltas]
+    for delta in deltas:
+        delta.enabled = False
+    try:
+        yield
+    finally:
+        for delta, was in zip(deltas, before, strict=True):
+            delta.enabled = was
+
+
+@contextmanager
+def record_weights(model: nn.Module, pattern: str | tuple[str, ...], recorder: Recorder) -> Iterator[None]:
+    """Let `recorder` hear inputs and output gradients of the matching matrices while the block runs."""
+    chosen = match_linears(model, pattern)
+    for linear in chosen.values():
+        linear.recorder = recorder
+    try:
+        yield
+    finally:
+        for linear in chosen.values():
+            linear.recorder = None
+
+
+def replace_stores(
+    model: nn.Module, pattern: str | tuple[str, ...], make: Callable[[Linear], WeightStore]
+) -> list[str]:
+    """Give matching matrices another store (quantization, merging); returns their names."""
+    chosen = match_linears(model, pattern)
+    for linear in chosen.values():
+        linear.base = make(linear)
+    return list(chosen)

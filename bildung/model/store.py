@@ -1,0 +1,206 @@
+"""Model directories: ordinary Hugging Face files in, ordinary Hugging Face files out.
+
+A directory holds config.json, safetensors, the tokenizer's files, and a record.json when an operation made it. Files are
+hostile until checked: no pickle, no remote code; every tensor must be expected, of the right shape, and finite.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, nearest
+from bildung.core.record import Record, damage, read_record
+from bildung.model import adapter_file, attachments, quantized
+from bildung.model.config import ModelConfig, from_dict, read_config
+from bildung.model.gguf_file import hf_config, hf_state_dict, read_gguf
+from bildung.model.linear import Dense, Linear
+from bildung.model.positions import RotaryEmbedding
+from bildung.model.safetensors_file import read_tensors, write_tensors
+from bildung.model.transformer import Decoder
+from bildung.tokens.gguf_tokenizer import tokenizer_from_gguf
+from bildung.tokens.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class LanguageModel:
+    """A model with everything needed to use it. `base`: the directory of its full weights (of an adapter: its base)."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    config: ModelConfig
+    record: Record | None = None
+    path: Path | None = None
+    base: Path | None = None
+
+
+def load(path: str | Path, dtype: str | None = None) -> LanguageModel:
+    """A model from a Hugging Face directory, a PEFT adapter directory (with its base), or a .gguf file.
+
+    dtype: float32, bfloat16 or float16 for the unquantized weights; default: as stored. Raises ModelFileError and its
+    kinds, naming the file and what is wrong with it; TokenizerError when the tokenizer does not fit the model.
+    """
+    path = Path(path)
+    if dtype is not None and dtype not in DTYPES:
+        raise SettingsError(f"dtype {dtype!r} is not known; allowed: {', '.join(DTYPES)}. {nearest(dtype, DTYPES)}")
+    if path.suffix == ".gguf":
+        return _load_gguf(path, dtype)
+    if not path.is_dir():
+        raise ModelFileError(f"{path} is neither a model directory nor a .gguf file; `bildung adopt` fetches models.")
+    record = read_record(path)
+    if record is not None and (harm := damage(path, record)):
+        raise ModelFileError(f"{path}: {harm} since its record was written; make it again, or delete its record.json.")
+    if (path / adapter_file.CONFIG).exists():
+        settings = adapter_file.read_config(path)
+        lm = load(adapter_file.find_base(path, settings), dtype)
+        adapter_file.add_to(lm.model, path, settings)
+        return replace(lm, record=record, path=path)
+    config = read_config(path)
+    tokenizer = Tokenizer.load(path)
+    tokenizer.check_fits(config.vocab_size)
+    model = assemble(config, dict(read_tensors(path)), dtype)
+    attachments.read(model, path)
+    return LanguageModel(model, tokenizer, config, record, path, base=path)
+
+
+def _load_gguf(path: Path, dtype: str | None) -> LanguageModel:
+    gguf = read_gguf(path)
+    config = from_dict(hf_config(gguf))
+    tokenizer = tokenizer_from_gguf(gguf.metadata)
+    tokenizer.check_fits(config.vocab_size)
+    return LanguageModel(assemble(config, hf_state_dict(gguf), dtype), tokenizer, config, path=path)
+
+
+def assemble(config: ModelConfig, tensors: dict[str, Tensor], dtype: str | None = None) -> Decoder:
+    """A Decoder in evaluation mode holding `tensors` (Hugging Face name -> tensor; the dictionary is emptied).
+
+    Raises ModelFileError for a missing, left-over, misshapen or non-finite tensor.
+    """
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.model.rotary = RotaryEmbedding(config.rope, config.head_dim)  # computed, not loaded
+    _load_stores(model, tensors, dtype)
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        key = name.replace(".base.weight", ".weight")
+        if key not in tensors:
+            raise ModelFileError(
+                f"tensor {key} is missing; the file is incomplete or of another architecture. {nearest(key, tensors)}"
+            )
+        tensor = tensors.pop(key)
+        if tensor.shape != parameter.shape:
+            raise ModelFileError(
+                f"tensor {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}; "
+                f"weights and config belong to different models."
+            )
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise ModelFileError(f"tensor {key} holds values that are not finite numbers; the file is damaged.")
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.to(DTYPES[dtype] if dtype else tensor.dtype)))
+    if config.tie_word_embeddings:
+        model.lm_head.base = Dense(model.model.embed_tokens.weight)
+        tensors.pop("lm_head.weight", None)  # some files repeat the tied matrix
+    left = [key for key in tensors if not key.endswith("rotary_emb.inv_freq")]  # old files store what the config says
+    if left:
+        raise ModelFileError(f"{len(left)} tensors belong nowhere in this model, the first is {left[0]}.")
+    return model.eval()
+
+
+def _load_stores(model: Decoder, tensors: dict[str, Tensor], dtype: str | None) -> None:
+    """Give every matrix that the file holds in quantized form its quantized store."""
+    method = quantized.method_of(model.config.raw)
+    if method is None:
+        return
+    kind = quantized.METHODS[method]
+    stored = model.config.raw.get("dtype") or model.config.raw.get("torch_dtype") or "bfloat16"
+    for name, linear in model.linears().items():
+        marker = "weight_packed" if method == "int8" else "weight.absmax"
+        if f"{name}.{marker}" not in tensors:
+            continue
+        prefix = f"{name}.weight"
+        parts = {k.removeprefix(f"{name}."): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+        shape = (linear.out_features, linear.in_features)
+        linear.base = kind.from_tensors(parts, shape, DTYPES[dtype or stored])
+
+
+def save(lm: LanguageModel, path: str | Path) -> Path:
+    """Write a directory that `transformers` (for a model carrying deltas: `peft`) loads; returns it.
+
+    Written beside `path` and renamed when whole. Raises OutputError when `path` already holds something or cannot be
+    written.
+    """
+    path = Path(path)
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise OutputError(f"{path} already holds something; give a new place.")
+    partial = path.with_name(path.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_model(lm, partial)
+        if path.exists():
+            path.rmdir()
+        partial.rename(path)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
+    return path
+
+
+def write_model(lm: LanguageModel, directory: Path) -> None:
+    """Write a model's files into `directory`: an adapter when it carries deltas, else all of its weights."""
+    lm.tokenizer.save(directory)
+    if any(linear.deltas for linear in lm.model.linears().values()):
+        adapter_file.write(lm.model, directory, base=lm.base)
+        return
+    if not lm.config.raw:
+        raise ConfigError("this model's config has no config.json behind it; build it with config.from_dict(...).")
+    dtype = str(lm.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    family = import_module(f"bildung.model.families.{lm.config.model_type}")
+    raw = {k: v for k, v in lm.config.raw.items() if k not in ("torch_dtype", "quantization_config")}
+    raw |= {"dtype": dtype, "architectures": [family.ARCHITECTURE]}
+    if (described := _quantization(lm.model, dtype)) is not None:
+        raw["quantization_config"] = described
+    (directory / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    generation = lm.base / "generation_config.json" if lm.base is not None else None
+    if generation is not None and generation.exists():
+        shutil.copyfile(generation, directory / "generation_config.json")
+    write_tensors(state_tensors(lm.model), directory)
+    attachments.write(lm.model, directory)
+
+
+def _quantization(model: Decoder, dtype: str) -> dict[str, object] | None:
+    """config.json's quantization_config for the stores the model has; OutputError for a mixture."""
+    kinds = {name: type(linear.base) for name, linear in model.linears().items()}
+    methods = {method for method, kind in quantized.METHODS.items() if kind in kinds.values()}
+    if not methods:
+        return None
+    if len(methods) > 1:
+        raise OutputError(
+            f"one directory holds one quantization format; this model mixes {', '.join(sorted(methods))}."
+        )
+    kept = [name for name, kind in kinds.items() if kind is Dense]
+    return quantized.describe(methods.pop(), kept, DTYPES[dtype])
+
+
+def state_tensors(model: Decoder) -> dict[str, Tensor]:
+    """Tensors under Hugging Face's names: stores as their formats want them, a tied head once, no deltas."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if name.startswith("attached") or ".deltas" in name or name.endswith(".base"):
+            continue
+        if isinstance(module, Linear) and not (name == "lm_head" and model.config.tie_word_embeddings):
+            tensors.update({f"{name}.{suffix}": t for suffix, t in module.base.tensors().items()})
+        for leaf, parameter in module.named_parameters(recurse=False):
+            tensors[f"{name}.{leaf}"] = parameter
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

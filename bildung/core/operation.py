@@ -14,27 +14,24 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bildung.core.errors import ModelFileError, OutputError
+from bildung.core.errors import OutputError
 from bildung.core.hardware import PeakMemory, hardware, versions
+from bildung.core.inputs import changed, fingerprint, identify
 from bildung.core.record import (
     Record,
     as_ancestor,
     damage,
     describe_files,
-    hash_directory,
     read_record,
     write_record,
 )
 from bildung.core.settings import as_dict
-from bildung.core.staging import changed_inputs, place_of_work, publish, to_disk, was_interrupted
+from bildung.core.staging import place_of_work, publish, to_disk, was_interrupted
 
 
 class OccupiedError(OutputError):
@@ -80,8 +77,8 @@ def perform(
     inputs: dict[str, Any] = {
         "operation": operation,
         "settings": as_dict(settings),
-        "source": _identify(source, out),
-        "companions": {name: _identify(path, out) for name, path in (companions or {}).items()},
+        "source": identify(source, out),
+        "companions": {name: identify(path, out) for name, path in (companions or {}).items()},
         "data": dict(data or {}),
     }
     if (made := _up_to_date(out, inputs, force)) is not None:
@@ -92,26 +89,6 @@ def perform(
             made = _work(Job(operation, source, staging, settings, source_record), inputs, work)
         publish(staging, out)
     return made
-
-
-def fingerprint(inputs: Mapping[str, Any]) -> str:
-    """The hash of everything that decides the result. Where directories lie does not, only what is in them."""
-    content = {name: inputs[name] for name in ("operation", "settings", "data")}
-    content["source"] = inputs["source"] and inputs["source"]["hash"]
-    content["companions"] = {name: companion["hash"] for name, companion in inputs["companions"].items()}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _identify(path: Path | None, out: Path) -> dict[str, str] | None:
-    if path is None:
-        return None
-    path = Path(path)
-    if not path.exists():
-        raise ModelFileError(f"{path} does not exist; give the directory or file of a model")
-    here, there = path.resolve(), out.resolve()
-    if here == there or here in there.parents or there in here.parents:
-        raise OutputError(f"{out} and its source {path} must not be the same or lie in one another; choose another out")
-    return {"path": os.path.relpath(path, out), "hash": hash_directory(path)}
 
 
 def _up_to_date(out: Path, inputs: dict[str, Any], force: bool) -> Record | None:
@@ -130,7 +107,7 @@ def _up_to_date(out: Path, inputs: dict[str, Any], force: bool) -> Record | None
         if what := damage(out, record):
             raise OccupiedError(f"{out} contradicts its record: {what}. --force makes it anew")
         return record
-    shown = "; ".join(changed_inputs({name: getattr(record, name) for name in inputs}, inputs)) or "other inputs"
+    shown = "; ".join(changed({name: getattr(record, name) for name in inputs}, inputs)) or "other inputs"
     raise OccupiedError(f"{out} holds the result of something else ({shown}). --force replaces it")
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from bildung.core.errors import OutputError
+from bildung.core.inputs import changed
 
 INPUTS = ".inputs.json"  # what the run that works here, or was interrupted here, started from
 
@@ -78,25 +79,6 @@ def to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def changed_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two runs' inputs in words; a model that merely lies elsewhere is the same model."""
-    lines = differences({name: old.get(name) for name in new}, new)
-    return [line for line in lines if not line.startswith(("source.path ", "companions.")) or ".hash " in line]
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """What differs between two trees of JSON values: ["settings.rank 8 -> 16", ...]."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [
-            line
-            for key in keys
-            for line in differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-            if old.get(key) != new.get(key)
-        ]
-    return [] if old == new else [f"{path} {_short(old)} -> {_short(new)}"]
-
-
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Holds the lock on a directory (made if need be); the system frees it when the process dies, however it dies."""
@@ -121,8 +103,8 @@ def _prepare(staging: Path, inputs: Mapping[str, Any]) -> None:
     mark = staging / INPUTS
     if mark.exists():
         try:
-            reasons = changed_inputs(json.loads(mark.read_text(encoding="utf-8")), inputs)
-        except ValueError:  # killed while the mark was being written
+            reasons = changed(json.loads(mark.read_text(encoding="utf-8")), inputs)
+        except (ValueError, KeyError, TypeError):  # killed while the mark was being written
             reasons = ["its inputs cannot be read"]
         if not reasons:
             return
@@ -165,8 +147,3 @@ def _disk_trouble(staging: Path) -> Iterator[None]:
             f"cannot write {staging}: {trouble}. Nothing half-written is published; "
             "mend it and run the same command again, it goes on from what is there"
         ) from error
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text[:12] if len(text) == 64 and text.isalnum() else text if len(text) <= 60 else text[:57] + "..."

@@ -50,7 +50,9 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
 # Keys that describe how training went, where things lie, or what the tensors' own names and shapes say again.
 READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern", "rank_pattern", "base_model_name_or_path"}
 INERT = READ | set(
-    ["task_type", "inference_mode", "revision", "auto_mapping", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config", "runtime_config", "peft_version", "qalora_group_size", "ensure_weight_tying"]
+    "task_type inference_mode revision auto_mapping target_modules exclude_modules layers_to_transform layers_pattern "
+    "init_lora_weights megatron_config megatron_core loftq_config eva_config corda_config runtime_config peft_version "
+    "qalora_group_size ensure_weight_tying".split()
 )
 
 

@@ -20,8 +20,15 @@ MODEL_TYPES = tuple(sorted(p.stem for p in (Path(__file__).parent / "families").
 
 # Keys that say nothing about the numbers: bookkeeping of transformers, defaults of its generate() and its pipelines.
 INERT_KEYS = frozenset(
-    ["architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "is_llama_config", "transformers.js_config", "task_specific_params", "unsloth_version", "unsloth_fixed", "_attn_implementation_autoset"]
+    "architectures dtype torch_dtype transformers_version use_cache _name_or_path return_dict output_hidden_states "
+    "output_attentions chunk_size_feed_forward id2label label2id problem_type is_llama_config transformers.js_config "
+    "task_specific_params unsloth_version unsloth_fixed _attn_implementation_autoset".split()
 )
+
+SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "max_position_embeddings"
+).split()
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class ModelConfig:
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"]:
+        for name in SIZES:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
                 raise ConfigError(f"config.json: {name} = {value!r}; it must be a positive whole number.")

@@ -18,7 +18,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -159,9 +159,8 @@ class Linear(nn.Module):
     def forward(self, x_BLI: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         y_BLO = self.base(x_BLI, self.bias)
-        for delta in self.deltas.values():
-            if delta.enabled:
-                y_BLO = delta(x_BLI, y_BLO)
+        for delta in self.enabled_deltas():
+            y_BLO = delta(x_BLI, y_BLO)
         if self.recorder is not None:
             self._record(self.recorder, x_BLI, y_BLO)
         return y_BLO
@@ -174,10 +173,13 @@ class Linear(nn.Module):
     def weight(self) -> Tensor:
         """Dense effective weight W_OI, enabled deltas included: for merging, QK/OV circuits, and comparison."""
         weight_OI = self.base.dense()
-        for delta in self.deltas.values():
-            if delta.enabled:
-                weight_OI = weight_OI + delta.weight().to(weight_OI.dtype)
+        for delta in self.enabled_deltas():
+            weight_OI = weight_OI + delta.weight().to(weight_OI.dtype)
         return weight_OI
+
+    def enabled_deltas(self) -> list[Delta]:
+        """The deltas that take part, in the order they were added."""
+        return [delta for delta in cast("list[Delta]", list(self.deltas.values())) if delta.enabled]
 
 
 def dense_linear(in_features: int, out_features: int, *, bias: bool = False, name: str = "") -> Linear:
@@ -219,7 +221,7 @@ def deltas_off(model: nn.Module, name: str) -> Iterator[None]:
 
     Raises NoSuchLinear when no matrix carries such a delta.
     """
-    deltas = [linear.deltas[name] for linear in linears(model).values() if name in linear.deltas]
+    deltas = [cast(Delta, linear.deltas[name]) for linear in linears(model).values() if name in linear.deltas]
     if not deltas:
         there = sorted({key for linear in linears(model).values() for key in linear.deltas})
         raise NoSuchLinear(f"no delta is called {name!r}; this model carries {', '.join(there) or 'none'}.")

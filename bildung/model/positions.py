@@ -21,7 +21,8 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Tensor:
     """Angle per position of each pair, float32 (H/2,).
 
     `linear` divides all of them by a factor (position interpolation, Chen et al. 2023, arXiv 2306.15595). `llama3`
-    (Llama 3.1 model code) divides only the slow ones, whose wavelength exceeds the original context, and blends between.
+    (Llama 3.1 model code) divides only the slow ones, whose wavelength exceeds the original context, and blends
+    between.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / (rope.theta**exponents)

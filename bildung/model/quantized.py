@@ -137,6 +137,7 @@ def _by_blocks(values: Tensor, block: int) -> Tensor:
 class Nf4(_Quantized):
     """4-bit codes at the quantiles of a normal distribution, one absmax per 64 weights, itself in 8 bits."""
 
+    code: Tensor
     codes: Tensor
     absmax: Tensor
     nested_absmax: Tensor
@@ -258,14 +259,14 @@ METHODS: dict[str, type[Int8] | type[Nf4]] = {"int8": Int8, "nf4": Nf4}
 
 
 def method_of(raw_config: dict[str, Any]) -> str | None:
-    """ "int8", "nf4" or None (not quantized), from config.json's `quantization_config`. ConfigError for other formats."""
+    """The name in METHODS, or None when not quantized, by config.json's `quantization_config`. Else a ConfigError."""
     given = raw_config.get("quantization_config")
     if given is None:
         return None
     method = given.get("quant_method") if isinstance(given, dict) else None
-    if method == "bitsandbytes" and given.get("load_in_4bit") and given.get("bnb_4bit_quant_type") == "nf4":
-        if given.get("bnb_4bit_use_double_quant"):
-            return "nf4"
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    if method == "bitsandbytes" and nf4.items() <= given.items():
+        return "nf4"
     if method == "compressed-tensors" and given.get("format") == "pack-quantized":
         weights = [group.get("weights") or {} for group in (given.get("config_groups") or {}).values()]
         if all(w.get("num_bits") == 8 and w.get("symmetric") and w.get("strategy") == "channel" for w in weights):

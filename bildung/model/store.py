@@ -1,7 +1,7 @@
 """Model directories: ordinary Hugging Face files in, ordinary Hugging Face files out.
 
-A directory holds config.json, safetensors, the tokenizer's files, and a record.json when an operation made it. Files are
-hostile until checked: no pickle, no remote code; every tensor must be expected, of the right shape, and finite.
+A directory holds config.json, safetensors, the tokenizer's files, and a record.json when an operation made it. Files
+are hostile until checked: no pickle, no remote code; every tensor must be expected, of the right shape, and finite.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,7 @@ def assemble(config: ModelConfig, tensors: dict[str, Tensor], dtype: str | None 
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.to(DTYPES[dtype] if dtype else tensor.dtype)))
     if config.tie_word_embeddings:
-        model.lm_head.base = Dense(model.model.embed_tokens.weight)
+        model.lm_head.base = Dense(cast(nn.Parameter, model.model.embed_tokens.weight))
         tensors.pop("lm_head.weight", None)  # some files repeat the tied matrix
     left = [key for key in tensors if not key.endswith("rotary_emb.inv_freq")]  # old files store what the config says
     if left:

@@ -10,6 +10,8 @@ Module names are Hugging Face's, so a checkpoint's tensor names are the module p
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,7 +70,7 @@ class Decoder(nn.Module):
         self.taps = Taps()
         self.model = Backbone(config, self.taps)
         # A tied unembedding is the same Parameter; it is saved once, under the embedding's name.
-        tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
+        tied = cast(nn.Parameter, self.model.embed_tokens.weight) if config.tie_word_embeddings else None
         head = tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.lm_head = Linear(Dense(head), name="lm_head")
         self.attached = nn.ModuleDict()
@@ -106,7 +108,7 @@ class Decoder(nn.Module):
 
         positions_BL: absolute positions (default: 0, 1, 2... after the cached ones). keep_BL: False marks padding; it
         is never inferred from token values. segments_BL: packed documents do not see each other. kv_cache: the tokens
-        are appended to it. Raises DataError for token ids outside the vocabulary or a wrong shape.
+        are appended to it. Raises DataError for a wrong shape.
         """
         return self.unembed(
             self.hidden(
@@ -124,7 +126,7 @@ class Decoder(nn.Module):
         kv_cache: KVCache | None = None,
     ) -> Tensor:
         """The final norm's output BLD; `unembed` turns chosen rows of it into logits (a loss needs only some)."""
-        B, L = _check_tokens(tokens_BL)
+        L = _check_tokens(tokens_BL)
         past = kv_cache.length if kv_cache is not None else 0
         if kv_cache is not None:
             kv_cache.reserve(L, keep_BL)
@@ -150,13 +152,13 @@ class Decoder(nn.Module):
         return self.taps("logits", self.lm_head(h_BLD))
 
 
-def _check_tokens(tokens_BL: Tensor) -> tuple[int, int]:
+def _check_tokens(tokens_BL: Tensor) -> int:
     if tokens_BL.ndim != 2 or tokens_BL.shape[1] == 0 or tokens_BL.is_floating_point():
         raise DataError(
             f"tokens of shape {tuple(tokens_BL.shape)} {tokens_BL.dtype} were given; "
             f"whole numbers of shape (batch, length) with at least one token are needed."
         )
-    return tokens_BL.shape[0], tokens_BL.shape[1]
+    return tokens_BL.shape[1]
 
 
 def _site_shapes(config: ModelConfig) -> dict[str, str]:

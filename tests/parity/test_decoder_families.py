@@ -1,7 +1,7 @@
 """Logits equal transformers' on random configs of every decoder family, and mutants of the model do not.
 
-The configs have a different size for every dimension and `initializer_range` 0.2: at the usual 0.02 a model without RoPE
-would pass a loose tolerance.
+The configs have a different size for every dimension and `initializer_range` 0.2: at the usual 0.02 a model without
+RoPE would pass a loose tolerance.
 """
 
 from __future__ import annotations

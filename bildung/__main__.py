@@ -1,0 +1,5 @@
+"""`python -m bildung` is `bildung`."""
+
+from bildung.app.cli import main
+
+main()

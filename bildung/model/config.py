@@ -74,8 +74,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in SIZES:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            if not _is_size(value := getattr(self, name)):
                 raise ConfigError(f"config.json: {name} = {value!r}; it must be a positive whole number.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
@@ -90,6 +89,10 @@ class ModelConfig:
             raise ConfigError(
                 f"config.json: {len(self.windows)} attention windows for {self.num_hidden_layers} layers."
             )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
 
 
 class ConfigKeys:
@@ -111,6 +114,13 @@ class ConfigKeys:
         raise ConfigError(
             f"config.json of model_type {self.raw.get('model_type')!r} lacks the key {name!r}, which has no default."
         )
+
+    def size(self, name: str, *default: int | None) -> Any:
+        """A positive whole number (or the default, which may be None)."""
+        value = self.take(name, *default)
+        if name in self.raw and self.raw[name] is not None and not _is_size(value):
+            raise ConfigError(f"config.json: {name} = {value!r}; it must be a positive whole number.")
+        return value
 
     def number(self, name: str, *default: float) -> float:
         """A finite number."""

@@ -12,7 +12,11 @@ from bildung.model.quantized import Int8, Nf4
 from bildung.model.transformer import Decoder
 from tests.model.tiny import tiny_decoder, tokens
 
-METHODS = {"dense": lambda linear: linear.base, "int8": lambda l: Int8.quantize(l.base.dense()), "nf4": lambda l: Nf4.quantize(l.base.dense())}  # fmt: skip
+METHODS = {
+    "dense": lambda linear: linear.base,
+    "int8": lambda linear: Int8.quantize(linear.base.dense()),
+    "nf4": lambda linear: Nf4.quantize(linear.base.dense()),
+}
 
 
 def with_lora(model: Decoder, name: str = "lora", rank: int = 3, *, trained: bool = True) -> Decoder:

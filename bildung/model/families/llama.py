@@ -15,8 +15,8 @@ ARCHITECTURE = "LlamaForCausalLM"
 
 def decoder_keys(keys: ConfigKeys) -> dict[str, Any]:
     """The keys that Llama, Mistral, Qwen2 and Qwen3 share."""
-    heads = keys.take("num_attention_heads")
-    hidden_size = keys.take("hidden_size")
+    heads = keys.size("num_attention_heads")
+    hidden_size = keys.size("hidden_size")
     pad = keys.token_ids("pad_token_id")
     bos = keys.token_ids("bos_token_id")
     # Attention dropout acts in training only; no published checkpoint of these families uses it.
@@ -25,14 +25,14 @@ def decoder_keys(keys: ConfigKeys) -> dict[str, Any]:
     keys.require("partial_rotary_factor", 1.0)
     return {
         "model_type": keys.raw["model_type"],
-        "vocab_size": keys.take("vocab_size"),
+        "vocab_size": keys.size("vocab_size"),
         "hidden_size": hidden_size,
-        "intermediate_size": keys.take("intermediate_size"),
-        "num_hidden_layers": keys.take("num_hidden_layers"),
+        "intermediate_size": keys.size("intermediate_size"),
+        "num_hidden_layers": keys.size("num_hidden_layers"),
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.take("num_key_value_heads", heads),
-        "head_dim": keys.take("head_dim", hidden_size // heads if isinstance(heads, int) and heads > 0 else 0),
-        "max_position_embeddings": keys.take("max_position_embeddings"),
+        "num_key_value_heads": keys.size("num_key_value_heads", heads),
+        "head_dim": keys.size("head_dim", hidden_size // heads),
+        "max_position_embeddings": keys.size("max_position_embeddings"),
         "rms_norm_eps": float(keys.number("rms_norm_eps", 1e-6)),
         "hidden_act": keys.require("hidden_act", "silu"),
         "rope": rope_from(keys),

@@ -11,5 +11,5 @@ ARCHITECTURE = "MistralForCausalLM"
 def config(keys: ConfigKeys) -> ModelConfig:
     """`sliding_window` null means full attention (Mistral 7B v0.2 and later)."""
     shared = decoder_keys(keys)
-    window = keys.take("sliding_window", None)
+    window = keys.size("sliding_window", None)
     return ModelConfig(**shared, windows=(window,) * shared["num_hidden_layers"])

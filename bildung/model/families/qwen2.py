@@ -11,7 +11,7 @@ ARCHITECTURE = "Qwen2ForCausalLM"
 
 def qwen_windows(keys: ConfigKeys, num_hidden_layers: int) -> tuple[int | None, ...]:
     """Layers from `max_window_layers` on slide when `use_sliding_window` says so; `layer_types` overrules both."""
-    window = keys.take("sliding_window", None)
+    window = keys.size("sliding_window", None)
     if not keys.flag("use_sliding_window", False):
         window = None  # Qwen checkpoints carry a sliding_window that is switched off
     first = keys.take("max_window_layers", 28)

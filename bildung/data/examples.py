@@ -1,8 +1,8 @@
 """From texts to examples: token ids with a mask that says which of them are learned.
 
-The truncation rule: a conversation longer than `max_length` keeps its first `max_length` tokens (so the BOS and the
-template's header survive) and is counted as truncated; when nothing to learn is left it is dropped as "no target left".
-Prose is cut into pieces instead, and loses nothing.
+The truncation rule: a conversation ends with its last target; one longer than `max_length` keeps its first `max_length`
+tokens (so the BOS and the template's header survive) and is counted as truncated; when nothing to learn is left it is
+dropped as "no target left". Prose is cut into pieces instead, and loses nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from bildung.core.errors import DataError
+from bildung.core.errors import ChatTemplateError, DataError
 from bildung.data.pairs import Pair
 from bildung.data.rows import Rows
-from bildung.data.text import Message
+from bildung.data.text import Message, declared_tools
 from bildung.tokens.chat_template import encode_conversation
 from bildung.tokens.tokenizer import Tokenizer
 
@@ -122,12 +122,14 @@ def chat_examples(tokenizer: Tokenizer, conversations: Iterable[list[Message]], 
     _check_length(max_length)
     examples: Examples[Example] = Examples()
     for messages in conversations:
-        tokens, mask = encode_conversation(tokenizer, messages)
-        example = _truncated(tokens, mask, max_length)
+        encoded = _encode_all(tokenizer, [messages], examples)
+        if not encoded:
+            continue
+        example, shortened = _truncated(*encoded[0], max_length)
         if example is None:
             examples.dropped[NO_TARGET] += 1
             continue
-        examples.truncated += len(tokens) > max_length
+        examples.truncated += shortened
         examples.append(example)
     return examples.close(conversations, max_length)
 
@@ -138,16 +140,16 @@ def pair_examples(tokenizer: Tokenizer, pairs: Iterable[Pair], max_length: int) 
     _check_length(max_length)
     examples: Examples[PairExample] = Examples()
     for pair in pairs:
-        sides, longest = [], 0
-        for answer in (pair.chosen, pair.rejected):
-            tokens, mask = encode_conversation(tokenizer, [*pair.prompt, {"role": "assistant", "content": answer}])
-            longest = max(longest, len(tokens))
-            sides.append(_truncated(tokens, last_run(mask), max_length))
-        chosen, rejected = sides
+        answers = [[*pair.prompt, {"role": "assistant", "content": text}] for text in (pair.chosen, pair.rejected)]
+        encoded = _encode_all(tokenizer, answers, examples)
+        if not encoded:
+            continue
+        sides = [_truncated(tokens, last_run(mask), max_length) for tokens, mask in encoded]
+        (chosen, chosen_shortened), (rejected, rejected_shortened) = sides
         if chosen is None or rejected is None:
             examples.dropped[NO_TARGET] += 1
             continue
-        examples.truncated += longest > max_length
+        examples.truncated += chosen_shortened or rejected_shortened
         examples.append(PairExample(chosen, rejected))
     return examples.close(pairs, max_length)
 
@@ -163,9 +165,26 @@ def last_run(mask: list[bool]) -> list[bool]:
     return [start <= index < end for index in range(len(mask))]
 
 
-def _truncated(tokens: list[int], mask: list[bool], max_length: int) -> Example | None:
-    mask = [False, *mask[1:max_length]]
-    return Example(tokens[:max_length], mask) if any(mask) else None
+def _encode_all(
+    tokenizer: Tokenizer, conversations: list[list[Message]], examples: Examples[T]
+) -> list[tuple[list[int], list[bool]]]:
+    """Tokens and assistant mask of each conversation; none, and counted, when the template refuses one (its roles)."""
+    try:
+        return [encode_conversation(tokenizer, messages, declared_tools(messages)) for messages in conversations]
+    except ChatTemplateError as error:
+        if tokenizer.chat_template is None:
+            raise
+        examples.dropped[f"refused by the chat template ({str(error)[:200]})"] += 1
+        return []
+
+
+def _truncated(tokens: list[int], mask: list[bool], max_length: int) -> tuple[Example | None, bool]:
+    """The example up to its last target (what follows it, a template's newline, teaches nothing), cut at `max_length`;
+    and whether targets were lost. None when no target is left."""
+    mask = [False, *mask[1:]]
+    end = len(mask) - mask[::-1].index(True) if any(mask) else 0
+    kept = min(end, max_length)
+    return (Example(tokens[:kept], mask[:kept]) if any(mask[:kept]) else None), end > max_length
 
 
 def _check_length(max_length: int) -> None:

@@ -108,10 +108,26 @@ def with_system(row: Row, messages: list[Message]) -> list[Message]:
     tools = row.get("tools")
     if tools and tools != "[]":
         declared = tools if isinstance(tools, str) else json.dumps(tools, ensure_ascii=False)
+        _check_tools(declared)
         if not messages or messages[0]["role"] != "system":
             messages = [{"role": "system", "content": ""}, *messages]
         messages = [{**messages[0], "tools": declared}, *messages[1:]]
     return messages
+
+
+def _check_tools(declared: str) -> None:
+    try:
+        tools = json.loads(declared)
+    except (ValueError, RecursionError):
+        tools = None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Unusable("tools are not a JSON list of objects")
+
+
+def declared_tools(messages: list[Message]) -> list[dict[str, Any]] | None:
+    """The tools that a conversation's system message declares, for the chat template; None when it declares none."""
+    declared = messages[0].get("tools") if messages else None
+    return json.loads(declared) if declared else None
 
 
 def as_turns(value: Any, role: str) -> list[Message]:

@@ -143,7 +143,7 @@ def _order(steps: Mapping[str, Step]) -> Iterator[str]:
     try:
         sorter.prepare()
     except graphlib.CycleError as error:
-        raise RecipeError(f"the steps need each other in a circle: {' -> '.join(reversed(error.args[1]))}") from None
+        raise RecipeError(f"the steps need each other in a circle: {' needs '.join(reversed(error.args[1]))}") from None
     ready: set[str] = set()
     while sorter.is_active():
         ready.update(sorter.get_ready())

@@ -18,19 +18,27 @@ __all__ = ["METHODS", "Int8", "Nf4", "describe", "method_of"]
 
 METHODS: dict[str, type[Int8] | type[Nf4]] = {"int8": Int8, "nf4": Nf4}
 
+# What a quantization_config must say (besides what does not matter) for its tensors to be what these stores hold.
+NF4_WORDS = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
+INT8_WORDS = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+INT8_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+
 
 def method_of(raw_config: dict[str, Any]) -> str | None:
     """The name in METHODS, or None when not quantized, by config.json's `quantization_config`. Else a ConfigError."""
     given = raw_config.get("quantization_config")
     if given is None:
         return None
-    method = given.get("quant_method") if isinstance(given, dict) else None
-    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    if method == "bitsandbytes" and nf4.items() <= given.items():
+    if _says(given, NF4_WORDS):
         return "nf4"
-    if method == "compressed-tensors" and given.get("format") == "pack-quantized":
-        weights = [group.get("weights") or {} for group in (given.get("config_groups") or {}).values()]
-        if all(w.get("num_bits") == 8 and w.get("symmetric") and w.get("strategy") == "channel" for w in weights):
+    groups = given.get("config_groups") if _says(given, INT8_WORDS) else None
+    if isinstance(groups, dict) and groups:
+        if all(_says(group, {}) and _says(group.get("weights"), INT8_WEIGHTS) for group in groups.values()):
             return "int8"
     raise ConfigError(
         f"config.json: quantization_config {str(given)[:200]} is not read here; readable: bitsandbytes NF4 with double "
@@ -38,24 +46,23 @@ def method_of(raw_config: dict[str, Any]) -> str | None:
     )
 
 
+def _says(given: Any, words: dict[str, Any]) -> bool:
+    return isinstance(given, dict) and all(given.get(key) == value for key, value in words.items())
+
+
 def describe(method: str, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:
     """The `quantization_config` by which transformers recognises the stored format. `kept`: matrices left dense."""
     if method == "nf4":
         return {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
+            **NF4_WORDS,
             "load_in_8bit": False,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
             "bnb_4bit_compute_dtype": DTYPE_NAMES[dtype],
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": kept,
         }
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
     return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        **INT8_WORDS,
         "quantization_status": "compressed",
         "ignore": kept,
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {**INT8_WEIGHTS, "dynamic": False}}},
     }

@@ -1,0 +1,74 @@
+"""A tiny language model for every test that needs a whole one: random float32 weights, byte-level BPE, ChatML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+import bildung
+from bildung.tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from bildung.model.store import LanguageModel
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEXT = [
+    "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is Rome.",
+    "system You are a helpful assistant. user What is the capital of Spain? assistant It is Madrid, in the middle.",
+]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """Byte-level BPE over all 256 bytes and a few merges; 0 is BOS and end of text, 1 and 2 delimit turns."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=SPECIALS, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    backend.train_from_iterator(TEXT, trainer)
+    config = {"bos_token": SPECIALS[0], "eos_token": SPECIALS[2], "pad_token": SPECIALS[2]}
+    return Tokenizer(backend, config, chat_template=CHATML)
+
+
+@pytest.fixture(scope="session")
+def tiny_lm_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a Hugging Face directory. Read only: it is shared by all tests."""
+    from bildung.model.config import from_dict  # here, not above: tests without a model need no torch
+    from bildung.model.store import LanguageModel
+    from bildung.model.transformer import build
+
+    config = from_dict(CONFIG)
+    lm = LanguageModel(build(config, seed=3).eval(), tiny_tokenizer(), config)
+    return bildung.save(lm, tmp_path_factory.mktemp("tiny") / "lm")
+
+
+@pytest.fixture
+def tiny_lm(tiny_lm_directory: Path) -> LanguageModel:
+    """The tiny model, loaded anew for each test."""
+    return bildung.load(tiny_lm_directory)

@@ -53,12 +53,9 @@ def without_special_merges(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model, dict) or not isinstance(model.get("merges"), list) or not isinstance(added, list):
         return raw
     special = {token.get("content") for token in added if isinstance(token, dict) and token.get("special")}
-
-    def spells_special(merge: Any) -> bool:
-        parts = merge.split(" ") if isinstance(merge, str) else merge
-        return isinstance(parts, list) and all(isinstance(p, str) for p in parts) and "".join(parts) in special
-
-    return {**raw, "model": {**model, "merges": [merge for merge in model["merges"] if not spells_special(merge)]}}
+    # A merge is "a b" or ["a", "b"]; neither piece holds a space.
+    kept = [m for m in model["merges"] if "".join(map(str, m)).replace(" ", "") not in special]
+    return raw if len(kept) == len(model["merges"]) else {**raw, "model": {**model, "merges": kept}}
 
 
 def find_clashes(backend: tokenizers.Tokenizer, raw: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

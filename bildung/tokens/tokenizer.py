@@ -85,9 +85,10 @@ class Tokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise TokenizerError(f"{directory} holds no tokenizer.json. Save the tokenizer in the `tokenizers` format.")
-        raw = without_special_merges(read_json(path))
+        raw = read_json(path)
+        safe = without_special_merges(raw)
         try:
-            backend = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            backend = tokenizers.Tokenizer.from_str(path.read_text("utf-8") if safe is raw else json.dumps(safe))
         except Exception as error:  # the library raises bare Exception for every malformed file
             raise TokenizerError(f"{path} is not a valid tokenizer: {error}") from error
         config = read_json(directory / "tokenizer_config.json", {})

@@ -140,7 +140,7 @@ def detokenize(sentences: list[list[tuple[str, str]]]) -> str:
     text = re.sub(r" ([,.;:?!)\]%]|'')", r"\1", text)
     text = re.sub(r"(``|[(\[]) ", r"\1", text)
     text = text.replace("``", '"').replace("''", '"')
-    return re.sub(r"([.;?!])\1+", r"\1", text)  # Brown doubles some sentence ends: "; ;", "? ?"
+    return re.sub(r"([;?!])\1", r"\1", text)  # Brown writes these twice: "; ;", "? ?"
 
 
 def moby_dick(members: Members, options: Options, drop: Drop) -> Iterator[Row]:

@@ -10,12 +10,14 @@ archive's SHA-256, which pip checks before that step.
 from __future__ import annotations
 
 import hashlib
+import lzma
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,7 +129,7 @@ def read_members(archive: Path, patterns: list[str]) -> dict[str, bytes]:
                 if len(data) > LARGEST_MEMBER:
                     raise Unavailable(f"{name} in {archive.name} is larger than {LARGEST_MEMBER // 2**20} MiB")
                 found[name] = data
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError) as error:
         raise Unavailable(f"{archive.name} cannot be unpacked: {error}") from error
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in found):

@@ -18,7 +18,7 @@ from bildung.model.transformer import Decoder
 from tests.model.test_linear import with_lora
 from tests.model.tiny import tiny_decoder, tokens
 
-SIZES = {"B": 2, "L": 11, "S": 11, "D": 64, "N": 6, "K": 2, "H": 32, "F": 128, "V": 101}
+SIZES = {"B": 2, "L": 11, "S": 11, "D": 192, "N": 6, "K": 2, "H": 64, "F": 320, "V": 101}
 
 
 def quantized(model: Decoder) -> Decoder:
@@ -175,5 +175,5 @@ def test_taps_are_honoured_under_torch_compile(backend: str) -> None:
         assert (ablated - plain).abs().max() > 0.1
         with observe(model, "layers.0.attn.z") as seen:
             compiled(tokens())
-        assert seen["layers.0.attn.z"].shape == (2, 11, 6, 32)
+        assert seen["layers.0.attn.z"].shape == (2, 11, 6, 64)
         torch.testing.assert_close(compiled(tokens()), plain, atol=1e-5, rtol=1e-5)

@@ -114,13 +114,19 @@ def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], ob
 
 NORM = "model.norm.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]), "damaged or truncated"),
+    "truncated": (
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-100]),
+        "damaged or truncated",
+    ),
     "flipped header": (lambda d: flip(d / "model.safetensors", 20), "damaged or truncated"),
     "empty": (lambda d: (d / "model.safetensors").write_bytes(b""), "damaged or truncated"),
     "gone": (lambda d: (d / "model.safetensors").unlink(), "is missing"),
     "pickle": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "never opened"),
     "tensor missing": (lambda d: edit_tensors(d, lambda t: t.pop(NORM)), "tensor model.norm.weight is missing"),
-    "tensor renamed": (lambda d: edit_tensors(d, lambda t: t.update({"model.nrm.weight": t.pop(NORM)})), "did you mean 'model.nrm.weight'"),
+    "tensor renamed": (
+        lambda d: edit_tensors(d, lambda t: t.update({"model.nrm.weight": t.pop(NORM)})),
+        "did you mean 'model.nrm.weight'",
+    ),
     "tensor extra": (lambda d: edit_tensors(d, lambda t: t.update(extra=torch.ones(2))), "belong nowhere"),
     "tensor misshapen": (lambda d: edit_tensors(d, lambda t: t.update({NORM: torch.ones(3)})), r"has shape \(3,\)"),
     "not finite": (lambda d: edit_tensors(d, lambda t: t[NORM].fill_(float("nan"))), "not finite"),
@@ -128,8 +134,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
         "outside its directory",
     ),
-    "index broken": (lambda d: (d / "model.safetensors.index.json").write_text('{"weights": 3}'), "not a safetensors index"),
-}  # fmt: skip
+    "index broken": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weights": 3}'),
+        "not a safetensors index",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", DAMAGE)

@@ -106,9 +106,12 @@ BAD = {
     "unknown key": (lambda a: change_config(a, lora_alhpa=3), "did you mean 'lora_alpha'"),
     "no base": (lambda a: change_config(a, base_model_name_or_path="gone"), "names the base model 'gone'"),
     "other matrix": (lambda a: rename_tensors(a, "q_proj", "query"), "does not have"),
-    "one factor": (lambda a: rename_tensors(a, "layers.0.mlp.up_proj.lora_A", "layers.9.mlp.up_proj.lora_A"), "only one of|does not have"),
+    "one factor": (
+        lambda a: rename_tensors(a, "layers.0.mlp.up_proj.lora_A", "layers.9.mlp.up_proj.lora_A"),
+        "only one of|does not have",
+    ),
     "not a factor": (lambda a: rename_tensors(a, "lora_A", "lora_magnitude_vector"), "neither a lora_A nor"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

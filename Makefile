@@ -1,0 +1,46 @@
+# make life     a real model's life, from nothing but Python 3.11 or newer; ends by naming its report
+# make test     the test suite, in at most 12 minutes on two cores
+# make test-all everything, the slow ones too
+# make check    format, lint and types
+# make bench    the ratios against named peers
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: life test test-all check bench clean
+
+life: .venv/.installed
+	$(BIN)/bildung nursery
+	$(BIN)/bildung live recipes/smollm2.yaml
+
+test: .venv/.installed-test check
+	-$(BIN)/bildung nursery smollm2
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: .venv/.installed-test check
+	$(BIN)/bildung nursery
+	$(BIN)/python -m pytest
+
+check: .venv/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy bildung
+
+bench: .venv/.installed-test
+	$(BIN)/python -m benchmarks
+
+# torch is installed first and alone: a range would bring several GB of CUDA packages to a machine without a GPU.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+		|| { echo "bildung needs Python 3.11 or newer; $(PYTHON) is `$(PYTHON) --version`. Try: make PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . -c constraints.txt
+	touch $@
+
+.venv/.installed-test: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]" -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv lives build dist *.egg-info

@@ -17,7 +17,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bildung.core.errors import DataError
+from bildung.core.errors import DataError, OutputError
 from bildung.core.inputs import differences
 from bildung.core.recipe import Step
 from bildung.core.record import RECORD, Record, damage, hash_directory, hash_file, read_record
@@ -41,8 +41,11 @@ class Memory:
         noted = {"asked": _asked(step), "needs": _needs(step), "code": code, "fingerprint": record.fingerprint}
         self.steps[step.name] = noted
         temporary = self.path.with_name(self.path.name + ".new")
-        temporary.write_text(json.dumps(self.steps, indent=1), encoding="utf-8")
-        temporary.replace(self.path)
+        try:
+            temporary.write_text(json.dumps(self.steps, indent=1), encoding="utf-8")
+            temporary.replace(self.path)
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written: {error}. {step.out} itself is complete") from error
 
     def doubt(self, step: Step, code: str) -> str:
         """Why the step may be out of date, "" when it certainly is not. Imports no operation."""

@@ -128,22 +128,21 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _disk_trouble(staging: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into an OutputError; other errors pass."""
-    anywhere = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
-    here = {errno.EROFS: "the disk is read-only", errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
+    """Turns a full disk, and a place that cannot be written, into an OutputError; other errors pass."""
+    full = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up"}
+    closed = {errno.EROFS: "the disk is read-only", errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
+    closed |= {errno.ENOTDIR: "a file is in the way", errno.EEXIST: "a file is in the way"}
     try:
         yield
-    # safetensors (Rust) and torch (C++) raise errors of their own kind, which carry the system's text and no number.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        trouble = anywhere.get(number) if number else None
-        if trouble is None and "No space left on device" in str(error):
-            trouble = anywhere[errno.ENOSPC]
-        if trouble is None and str(getattr(error, "filename", None) or "").startswith(str(staging)):
-            trouble = here.get(number) if number else None
-        if trouble is None:
+    except (OSError, SafetensorError) as error:  # safetensors has its own kind, with the system's text and no number
+        number = getattr(error, "errno", None) or (errno.ENOSPC if "No space left on device" in str(error) else 0)
+        place = Path(
+            getattr(error, "filename", None) or "/"
+        )  # the work may also fail to read elsewhere: not our matter
+        ours = place == staging or staging in place.parents or (place in staging.parents and place != Path("/"))
+        if number not in full and not (number in closed and ours):
             raise
         raise OutputError(
-            f"cannot write {staging}: {trouble}. Nothing half-written is published; "
+            f"cannot write {staging}: {full.get(number) or closed[number]}. Nothing half-written is published; "
             "mend it and run the same command again, it goes on from what is there"
         ) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bildung.app.cli import run
 from bildung.app.live import live, plan
 from bildung.core.errors import OutputError, RecipeError, RecordError, SettingsError
 from bildung.core.recipe import read_recipe
@@ -203,3 +204,37 @@ def test_a_moved_recipe_directory_is_not_fooled(recipe):
     with pytest.raises(RecipeError):
         read_recipe(Path("absent.yaml"))
     assert set(plan(read_recipe(recipe)).values()) == {"run: new"}
+
+
+def test_what_was_made_by_hand_in_between_is_noticed(recipe):
+    lived(recipe)
+    run(["toy", "grow", "life/base", "life/tall", "--lines", "9", "--force"])
+    planned = plan(read_recipe(recipe))
+    assert planned["tall"] == "check: it was not made by this recipe"
+    assert lived(recipe) == ["tall"]  # the old lines again, so twin and page, which saw those, still stand
+
+
+def test_a_model_outside_the_life_is_watched(recipe):
+    run(["toy", "grow", "pypi:toy==1", "outside"])
+    recipe.write_text("{out: life, life: [{as: base, do: toy grow, from: outside}]}")
+    assert lived(recipe) == ["base"] and lived(recipe) == []
+    Path("outside/model.txt").write_text("another model\n")
+    assert plan(read_recipe(recipe)) == {"base": "check: a model it uses changed"}
+    assert lived(recipe) == ["base"] and lived(recipe) == []
+
+
+def test_a_step_that_only_names_another_is_asked_when_that_ones_record_changed(recipe):
+    lived(recipe)
+    path = Path("life/tall/record.json")
+    path.write_text(path.read_text().replace('"notes": []', '"notes": ["remade"]'))
+    planned = plan(read_recipe(recipe))
+    assert (planned["tall"], planned["twin"]) == ("up to date", "check: a model it uses changed")
+    assert lived(recipe) == []
+
+
+def test_a_life_that_cannot_be_noted_down(recipe):
+    Path("life/.life.json.new").mkdir(parents=True)  # in the way
+    with pytest.raises(OutputError, match="life/base itself is complete"):
+        live(read_recipe(recipe))
+    Path("life/.life.json.new").rmdir()
+    assert lived(recipe) == ["tall", "twin", "page"]

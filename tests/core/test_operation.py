@@ -153,7 +153,6 @@ def test_source_and_out_must_be_apart(tmp_path):
     [
         OSError(errno.ENOSPC, "No space left on device"),
         SafetensorError("I/O error: No space left on device (os error 28)"),
-        RuntimeError("PytorchStreamWriter failed writing file data/0: No space left on device"),
     ],
 )
 def test_a_full_disk_publishes_nothing_and_keeps_what_is_there(tmp_path, error):
@@ -167,6 +166,21 @@ def test_a_full_disk_publishes_nothing_and_keeps_what_is_there(tmp_path, error):
     assert (tmp_path / "out.partial" / "weights.bin").read_bytes() == b"half"
     assert made(tmp_path / "out").notes[0].startswith("went on")
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("a file")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(OutputError, match="a file is in the way"):
+            made(out)
+
+
+def test_what_the_work_cannot_read_is_no_trouble_of_the_disk(tmp_path):
+    def read(job: Job) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "secret.jsonl"))
+
+    with pytest.raises(PermissionError, match=r"secret\.jsonl"):
+        perform("toy grow", None, tmp_path / "out", Toy(), read)
 
 
 def test_a_full_disk_while_the_record_is_written(tmp_path, monkeypatch):

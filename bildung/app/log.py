@@ -14,11 +14,10 @@ from typing import Any
 
 import tyro
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from bildung.core.cards import Change, changes
+from bildung.app.cards import card_table, changes_of, short_number
 from bildung.core.errors import RecordError
 from bildung.core.progress import duration, size
 from bildung.core.record import Record, read_record
@@ -64,26 +63,13 @@ def _event(number: int, event: Mapping[str, Any]) -> RenderableType:
     head = Text.assemble((f"{number}. {event['operation']}", "bold cyan"), f"  {when}  {_cost(event)}")
     parts: list[RenderableType] = [head, Text(_inputs(event), "dim")]
     parts += [Text(f"note: {note}", "yellow") for note in event["notes"]]
-    measured = {name: value for name, value in event["measured"].items() if isinstance(value, int | float | str)}
-    if measured:
-        parts.append(Text("measured: " + ", ".join(f"{name} {_number(value)}" for name, value in measured.items())))
+    if measured := _numbers(event["measured"]):
+        parts.append(
+            Text("measured: " + ", ".join(f"{name} {short_number(value)}" for name, value in measured.items()))
+        )
     if event["before"].get("tasks") or event["after"].get("tasks"):
-        parts.append(card_table(changes(event["before"], event["after"])))
+        parts.append(card_table(changes_of(event)))
     return Group(*parts, Text())
-
-
-def card_table(rows: list[Change], before: str = "before", after: str = "after") -> Table:
-    """Tasks by rows; a change of more than two standard errors is coloured by whether it is for the better."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("task", "metric", before, after, "change"):
-        table.add_column(column, justify="left" if column in ("task", "metric") else "right")
-    for row in rows:
-        change = "" if row.difference is None else f"{row.difference:+.4g}"
-        if row.stderr is not None:
-            change += f" ± {row.stderr:.2g}"
-        style = {True: "green", False: "red", None: ""}[row.better if row.clear else None]
-        table.add_row(row.task, row.metric, _number(row.before), _number(row.after), Text(change, style))
-    return table
 
 
 def _cost(event: Mapping[str, Any]) -> str:
@@ -105,12 +91,17 @@ def _inputs(event: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def _numbers(measured: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The single values in what was measured: {"difference.kl_mean": 0.01}; curves and lists are for the report."""
+    found: dict[str, Any] = {}
+    for name, value in measured.items():
+        if isinstance(value, Mapping):
+            found |= _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float | str):
+            found[prefix + name] = value
+    return found
+
+
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

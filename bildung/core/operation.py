@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bildung.core.cards import note_changes
 from bildung.core.errors import OutputError
 from bildung.core.hardware import PeakMemory, hardware, versions
 from bildung.core.inputs import changed, fingerprint, identify
@@ -133,7 +132,7 @@ def _work(job: Job, inputs: dict[str, Any], work: Callable[[Job], None]) -> Reco
         tokens_seen=job.tokens_seen,
         trained_tokens=job.trained_tokens,
         before=job.before,
-        after=note_changes(job.before, job.after),
+        after=job.after,
         measured=job.measured,
         notes=job.notes,
         files=describe_files(job.out),

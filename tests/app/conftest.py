@@ -50,10 +50,13 @@ def grow(source: Path | str | None, out: Path, settings: Settings, *, force: boo
         (job.out / "model.txt").write_text(text)
         job.tokens_seen, job.trained_tokens = 20, 7
         scores = [float(i < text.count("\\n")) for i in range(10)]
-        task = {"metric": "accuracy", "value": sum(scores) / 10, "n": 10, "higher_is_better": True, "items": scores}
+        task = {"metric": "acc", "value": sum(scores) / 10, "n": 10, "docs": "d", "higher_is_better": True}
+        task["items"] = scores
         job.before = job.source_record.after if job.source_record else {}
+        if job.before:
+            task |= {"change": {"difference": 0.0, "stderr": 0.125}}
         job.after = {"fingerprint": "f", "tasks": {"height": task}}
-        job.measured = {"lines": text.count("\\n")}
+        job.measured = {"size": {"lines": text.count("\\n"), "curve": [1]}}
     data = {settings.data: hash_file(Path(settings.data))} if settings.data else {}
     data |= {source: "0" * 64} if isinstance(source, str) else {}
     path = source if isinstance(source, Path) else None

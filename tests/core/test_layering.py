@@ -84,7 +84,7 @@ def test_the_reader_of_imports_sees_every_form():
 def test_core_and_the_command_line_start_without_torch():
     modules = [f"bildung.core.{path.stem}" for path in (ROOT / "core").glob("*.py")]
     modules += ["bildung", "bildung.app.cli", "bildung.data.sources"]
-    modules += [f"bildung.app.{name}" for name in ("live", "memory", "log", "compare", "sites")]
+    modules += [f"bildung.app.{name}" for name in ("live", "memory", "log", "cards", "compare", "sites")]
     script = (
         f"import sys\nfor name in {modules!r}: __import__(name)\nassert not {{'torch', 'datasets'}} & set(sys.modules)"
     )

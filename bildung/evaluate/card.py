@@ -1,0 +1,191 @@
+"""The card: what a model can do, measured before and after every operation on the same items.
+
+    card(lm, settings) -> {"fingerprint", "tasks": {name: {metric, value, stderr, n, higher_is_better, items, docs}},
+                           "samples": [{"prompt", "answer"}], "skipped": {task: why}, "notes": [...], "seconds"}
+
+The fingerprint covers all that a number depends on besides the weights: tasks with their versions and questions, number
+format, context, BOS, chat template. Two cards with the same fingerprint differ by what was done to the model alone, and
+a card in the source's record is not measured again. Numbers from different harnesses differ by tens of points for
+want of exactly these (BOS: lm-eval #2676; space before the choice: #614; normalisation: mesh-transformer-jax #257).
+
+A task NAME whose data are not here is replaced by the packaged NAME_mini, under that name, or skipped with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from bildung.core.errors import ChatTemplateError, DataError
+from bildung.core.operation import Job
+from bildung.core.settings import as_dict, settings
+from bildung.evaluate import task_file
+from bildung.evaluate.answers import answers, chat_prompt
+from bildung.evaluate.compare import compare_cards
+from bildung.evaluate.likelihood import evaluating, prefix_token, score
+from bildung.evaluate.metrics import Item, as_json
+from bildung.evaluate.tasks import Task, encode, load_task, measure, measure_answer
+
+if TYPE_CHECKING:
+    from bildung.model.store import LanguageModel
+
+Card = dict[str, Any]
+VERSION = 1  # part of the fingerprint: raised when a change of this folder changes numbers
+TASKS = ("prose", "reviews", "sentiment", "sentiment_fewshot", "capitals", "elements", "instructions")
+PROMPTS = (
+    "What is the capital of France?",
+    "Write two sentences about the sea.",
+    'Is this film review positive or negative? "A dull story, badly acted."',
+)
+
+
+@settings
+class CardSettings:
+    """What is measured before and after an operation."""
+
+    tasks: tuple[str, ...] = TASKS  # names of packaged tasks, or paths of task files in lm-eval's form
+    limit: int | None = None  # documents per task; none: what the task file proposes
+    seed: int = 0  # draws the documents and the few-shot examples
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"  # of the activations while measuring
+    context: int = 512  # longest input in tokens
+    batch_tokens: int = 4096  # tokens of one forward pass
+    sample_prompts: tuple[str, ...] = PROMPTS  # answered greedily, for people to read
+    sample_tokens: int = 40  # length of these answers
+
+
+def card(lm: LanguageModel, settings: CardSettings) -> Card:
+    """Measures the model. Raises DataError and SettingsError for task files that cannot be used."""
+    return _measure(lm, settings, *load_tasks(lm, settings))
+
+
+def before(job: Job, lm: LanguageModel, settings: CardSettings) -> Card:
+    """The card of the model before the operation, put into the job; taken over from the source's record when that was
+    measured in the same way."""
+    tasks, skipped = load_tasks(lm, settings)
+    known = job.source_record.after if job.source_record else {}
+    same = known.get("fingerprint") == fingerprint(lm, settings, tasks)
+    job.before = known if same else _measure(lm, settings, tasks, skipped)
+    return job.before
+
+
+def after(job: Job, lm: LanguageModel, settings: CardSettings) -> Card:
+    """The card of the model after the operation, put into the job, with the paired "change" of every task."""
+    made = card(lm, settings)
+    for one in compare_cards(job.before, made):
+        made["tasks"][one.task]["change"] = {"difference": one.difference, "stderr": one.stderr}
+    job.after = made
+    return made
+
+
+def load_tasks(lm: LanguageModel, settings: CardSettings) -> tuple[list[Task], dict[str, str]]:
+    """The tasks that can be run, and for the others the reason."""
+    tasks, skipped = [], {}
+    for name in settings.tasks:
+        try:
+            task = load_task(name, limit=settings.limit, seed=settings.seed)
+        except DataError as error:
+            if not _data_are_missing(name):
+                raise
+            mini = f"{name}_mini"
+            if mini not in task_file.packaged_names():
+                skipped[name] = str(error)
+                continue
+            task = load_task(mini, limit=settings.limit, seed=settings.seed)
+            task.notes.append(f"{mini} stands in for {name}: {error}")
+        if task.is_chat and lm.tokenizer.chat_template is None:
+            skipped[name] = "the model has no chat template"
+        else:
+            tasks.append(task)
+    return tasks, skipped
+
+
+def _data_are_missing(name: str) -> bool:
+    """Whether the task reads from the nursery and that entry was not fetched."""
+    from bildung.data import nursery
+
+    source = task_file.read_task_file(task_file.find_task_file(name)).dataset_path
+    return source.startswith("nursery:") and not nursery.is_current(source.removeprefix("nursery:").split("/")[0])
+
+
+def fingerprint(lm: LanguageModel, settings: CardSettings, tasks: list[Task]) -> str:
+    """Of everything that decides the numbers except the weights. (The batch size changes them by rounding only.)"""
+    measured = as_dict(settings)
+    for indirect in ("tasks", "limit", "seed", "batch_tokens"):  # their effect is in the tasks' hashes, or none
+        del measured[indirect]
+    content = {
+        "version": VERSION,
+        "settings": measured,
+        "tasks": [
+            [task.name, task.version, task.hash, [as_dict(m) for m in task_file.metrics_of(task.file)]]
+            for task in tasks
+        ],
+        "template": lm.tokenizer.template_hash,
+        "bos": [lm.tokenizer.uses_bos, prefix_token(lm.tokenizer)],
+        "device": lm.model.device.type,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _measure(lm: LanguageModel, settings: CardSettings, tasks: list[Task], skipped: Mapping[str, str]) -> Card:
+    start = time.monotonic()
+    with evaluating(lm.model, getattr(torch, settings.dtype)):
+        measured = _score_tasks(lm, settings, [task for task in tasks if not task.generates])
+        measured |= {task.name: _generate_task(lm, task) for task in tasks if task.generates}
+        prompts = [chat_prompt(lm.tokenizer, prompt) for prompt in settings.sample_prompts]
+        texts = answers(lm, prompts, settings.sample_tokens)
+    entries: dict[str, Any] = {}
+    for task in tasks:
+        for number, entry in enumerate(task_file.metrics_of(task.file)):
+            items = [per_metric[entry.metric] for per_metric in measured[task.name]]
+            name = task.name if number == 0 else f"{task.name}/{entry.metric}"
+            entries[name] = as_json(entry.metric, items) | {"docs": task.hash}
+    return {
+        "fingerprint": fingerprint(lm, settings, tasks),
+        "tasks": entries,
+        "samples": [
+            {"prompt": prompt, "answer": text} for prompt, text in zip(settings.sample_prompts, texts, strict=True)
+        ],
+        "skipped": dict(skipped),
+        "notes": [note for task in tasks for note in task.notes],
+        "dtype": settings.dtype,
+        "template": lm.tokenizer.template_hash,
+        "bos": lm.tokenizer.uses_bos,
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
+def _score_tasks(lm: LanguageModel, settings: CardSettings, tasks: list[Task]) -> dict[str, list[dict[str, Item]]]:
+    """Items of all likelihood tasks, scored together so that batches are full."""
+    examples, spans = [], []
+    for task in tasks:
+        refused = 0
+        for question in task.questions:
+            try:
+                made = encode(task, question, lm.tokenizer, settings.context)
+            except ChatTemplateError:
+                made = []
+            refused += not made
+            if made:
+                spans.append((task, question, len(examples), len(examples) + len(made)))
+                examples += made
+        if refused:
+            task.notes.append(f"{task.name}: {refused} of {len(task.questions)} conversations cannot be scored")
+    scores = score(lm.model, examples, batch_tokens=settings.batch_tokens)
+    measured: dict[str, list[dict[str, Item]]] = {task.name: [] for task in tasks}
+    for task, question, start, end in spans:
+        measured[task.name].append(measure(task, question, scores[start:end]))
+    return measured
+
+
+def _generate_task(lm: LanguageModel, task: Task) -> list[dict[str, Item]]:
+    """Items of a task whose answers the model writes."""
+    how = task.file.generation_kwargs
+    until = (how.until,) if isinstance(how.until, str) else how.until or (task.file.fewshot_delimiter,)
+    prompts = [lm.tokenizer.encode(question.context) for question in task.questions]
+    texts = answers(lm, prompts, how.max_gen_toks, until)
+    return [measure_answer(task, question, text) for question, text in zip(task.questions, texts, strict=True)]

@@ -9,8 +9,8 @@ A template writes text, and text is where chat goes wrong. Four rules:
 3. The mask of assistant tokens comes from rendering the conversation up to each border, never from searching for text
    (the same words may stand in the question), or from the template's own `{% generation %}` blocks.
 4. Text is cut at the start of each answer before it is tokenized. A generation prompt ends there when the model is
-   used, so training must see the same split. The ids equal `apply_chat_template`'s unless an answer starts with
-   characters that would have merged with the prompt's last ones (a newline after ChatML's `assistant\\n`).
+   used, so training must see the same split. The ids equal `apply_chat_template`'s unless the tokenizer would have
+   joined characters across that border (an answer that starts with newlines after ChatML's `assistant\\n`).
 
 BOS comes exactly once: from the template, or from the tokenizer when the model uses one and the template has none
 (where transformers would give none).
@@ -89,10 +89,11 @@ def encode_conversation(
     earlier one is rendered (Qwen3 drops the reasoning of earlier turns): what the model was shown would then not be
     what it is trained on.
     """
+    check_messages(messages)
     if tokenizer.chat_template is not None and _GENERATION_TAG.search(tokenizer.chat_template):
         (whole,) = render_marked(tokenizer, [(messages, False)], tools)
         return _encode(tokenizer, whole, whole.generated)
-    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     jobs: list[tuple[Sequence[Message], bool]] = [(messages, False)]
     for i in turns:
         jobs += [(messages[:i], True), (messages[: i + 1], False)]
@@ -222,7 +223,10 @@ def _encode(tokenizer: Tokenizer, rendered: Rendered, answers: Sequence[Span]) -
     for start, stop in itertools.pairwise(cuts):
         piece = rendered.text[start:stop]
         specials = (start, stop) not in quoted
-        new = tokenizer.encode_inside(piece, specials=specials) if ids else tokenizer.encode(piece, specials=specials)
+        if ids:
+            new = tokenizer.encode_inside(piece, after=ids[-1], specials=specials)
+        else:
+            new = tokenizer.encode(piece, specials=specials)
         ids += new
         mask += [any(a <= start and stop <= b for a, b in answers)] * len(new)
     return ids, mask

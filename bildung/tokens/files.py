@@ -54,7 +54,11 @@ def without_special_merges(raw: dict[str, Any]) -> dict[str, Any]:
         return raw
     special = {token.get("content") for token in added if isinstance(token, dict) and token.get("special")}
     # A merge is "a b" or ["a", "b"]; neither piece holds a space.
-    kept = [m for m in model["merges"] if "".join(map(str, m)).replace(" ", "") not in special]
+    kept = [
+        m
+        for m in model["merges"]
+        if not (isinstance(m, str | list) and "".join(map(str, m)).replace(" ", "") in special)
+    ]
     return raw if len(kept) == len(model["merges"]) else {**raw, "model": {**model, "merges": kept}}
 
 

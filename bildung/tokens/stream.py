@@ -13,7 +13,8 @@ from bildung.tokens.tokenizer import Tokenizer
 class StreamDecoder:
     """`push` returns the text that a token completes; `flush` what was held back at the end.
 
-    The pieces joined are `tokenizer.decode(all ids)`.
+    The pieces joined are `tokenizer.decode(all ids)`, but for one case: SentencePiece's decoder turns a whole run of
+    byte tokens into U+FFFD when any of it is not UTF-8, and the sound part of the run has been shown by then.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):

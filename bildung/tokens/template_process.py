@@ -86,7 +86,7 @@ def _stop(worker: subprocess.Popen[str]) -> int:
 
 def _reason(status: int) -> str:
     if status == -signal.SIGPROF:
-        return f"it ran for more than {template_worker.SECONDS:g} seconds of processor time"
+        return f"it ran for more than {template_worker.SECONDS:g} s of processor time"
     if status < 0:
         return f"its process ended with {signal.Signals(-status).name} (the stack or memory ran out)"
     return f"its process ended with status {status} (memory is limited to {template_worker.MEMORY // 2**20} MiB)"

@@ -26,7 +26,7 @@ import jinja2.debug  # loaded on the first error otherwise, when no file can be 
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-SECONDS = 2.0
+SECONDS = 1.0
 MEMORY = 512 * 2**20
 MAX_CHARACTERS = 32 * 2**20
 # Noncharacters (Unicode 23.7: never in interchanged text) that frame what `{% generation %}` encloses.

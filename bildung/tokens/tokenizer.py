@@ -69,6 +69,8 @@ class Tokenizer:
         ordinary = [token for token in self.named.values() if token is not None and token not in self.special_tokens]
         if ordinary:
             backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in ordinary])
+            safe = without_special_merges(json.loads(backend.to_str()))
+            self.backend = tokenizers.Tokenizer.from_str(json.dumps(safe))
             del self.special_tokens
         for number in self.more_stop_ids:
             if backend.id_to_token(number) is None:
@@ -124,8 +126,10 @@ class Tokenizer:
             with self._lock:
                 self.backend.encode_special_tokens = not specials
                 ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text has a lone surrogate at character {error.start}: not Unicode.") from None
+        except TypeError:  # what the library makes of lone surrogates
+            at = next((i for i, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+            what = f"a {type(text).__name__}" if at is None else f"not Unicode: a lone surrogate at character {at}"
+            raise TokenizerError(f"the text to encode is {what}.") from None
         if not specials and not self.control_ids.isdisjoint(ids):
             found = sorted({self.token_of(i) for i in self.control_ids.intersection(ids)})
             raise TokenizerError(f"plain text was split into the control tokens {found}: the vocabulary is at fault.")
@@ -133,14 +137,16 @@ class Tokenizer:
             ids.insert(0, self.bos_id)  # type: ignore[arg-type]
         return ids
 
-    def encode_inside(self, text: str, *, specials: bool = False) -> list[int]:
-        """Token ids of `text` as a piece from the middle of a longer one: no BOS, and none of the spaces that
-        SentencePiece puts in front of a text (avoided by encoding after a newline and taking that off again)."""
+    def encode_inside(self, text: str, *, after: int, specials: bool = False) -> list[int]:
+        """Token ids of a piece from the middle of a text, where the token before is `after`: no BOS, and of the spaces
+        that SentencePiece puts in front only the one that Llama 2's kind repeats after each control token. (Found by
+        encoding the piece behind a control token or a newline and taking that off again.)"""
         if self.adds_space:
-            newline = self.encode("\n", bos=False)
-            ids = self.encode("\n" + text, bos=False, specials=specials)
-            if ids[: len(newline)] == newline:
-                return ids[len(newline) :]
+            context = self.token_of(after) if specials and after in self.control_ids else "\n"
+            before = self.encode(context, bos=False, specials=specials)
+            ids = self.encode(context + text, bos=False, specials=specials)
+            if ids[: len(before)] == before:
+                return ids[len(before) :]
         return self.encode(text, bos=False, specials=specials)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:

@@ -166,7 +166,7 @@ def _llama3_scaling(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any] | 
         return None
     divisors = gguf.tensor(ROPE_FACTORS).double()
     half = config["head_dim"] // 2
-    factor = float(divisors.max())  # the longest wavelengths, fully stretched
+    factor = round(float(divisors.max()), 4)  # the longest wavelengths are stretched in full
     low, high, length = LLAMA3.values()
     turns = length / (2 * math.pi * config["rope_theta"] ** (torch.arange(half, dtype=torch.float64) / half))
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
@@ -176,7 +176,7 @@ def _llama3_scaling(gguf: GgufFile, config: dict[str, Any]) -> dict[str, Any] | 
             f"{gguf.path}: the RoPE divisors in {ROPE_FACTORS} are not Llama 3's (low 1, high 4, length 8192, any "
             "factor); no other kind is supported."
         )
-    return {"rope_type": "llama3", "factor": shortest(factor), **LLAMA3}
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3}
 
 
 def hf_state_dict(gguf: GgufFile) -> dict[str, Tensor]:

@@ -100,9 +100,7 @@ def _get(metadata: Mapping[str, Any], name: str, kind: type, *default: Any) -> A
     if value is None and default:
         return None
     if type(value) is not kind:
-        raise TokenizerError(
-            f"GGUF metadata tokenizer.ggml.{name} is {str(value)[:60]!r}; a {kind.__name__} is needed."
-        )
+        raise TokenizerError(f"GGUF metadata tokenizer.ggml.{name} is {repr(value)[:60]}; a {kind.__name__} is needed.")
     return value
 
 

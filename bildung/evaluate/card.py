@@ -8,7 +8,8 @@ format, context, BOS, chat template. Two cards with the same fingerprint differ 
 a card in the source's record is not measured again. Numbers from different harnesses differ by tens of points for
 want of exactly these (BOS: lm-eval #2676; space before the choice: #614; normalisation: mesh-transformer-jax #257).
 
-A task NAME whose data are not here is replaced by the packaged NAME_mini, under that name, or skipped with the reason.
+A task NAME whose data were not fetched is replaced by the packaged NAME_mini, under that name, with a note; where there
+is none, it is skipped with the reason.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bildung.core.errors import ChatTemplateError, DataError
+from bildung.core.errors import ChatTemplateError, SettingsError
 from bildung.core.operation import Job
 from bildung.core.settings import as_dict, settings
+from bildung.data.examples import Example
 from bildung.evaluate import task_file
 from bildung.evaluate.answers import answers, chat_prompt
 from bildung.evaluate.compare import compare_cards
 from bildung.evaluate.likelihood import evaluating, prefix_token, score
 from bildung.evaluate.metrics import Item, as_json
-from bildung.evaluate.tasks import Task, encode, load_task, measure, measure_answer
+from bildung.evaluate.tasks import Question, Task, encode, load_task, measure, measure_answer
 
 if TYPE_CHECKING:
     from bildung.model.store import LanguageModel
@@ -53,7 +55,7 @@ class CardSettings:
     seed: int = 0  # draws the documents and the few-shot examples
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"  # of the activations while measuring
     context: int = 512  # longest input in tokens
-    batch_tokens: int = 4096  # tokens of one forward pass
+    batch_tokens: int = 2048  # tokens of one forward pass
     sample_prompts: tuple[str, ...] = PROMPTS  # answered greedily, for people to read
     sample_tokens: int = 40  # length of these answers
 
@@ -68,8 +70,12 @@ def before(job: Job, lm: LanguageModel, settings: CardSettings) -> Card:
     measured in the same way."""
     tasks, skipped = load_tasks(lm, settings)
     known = job.source_record.after if job.source_record else {}
-    same = known.get("fingerprint") == fingerprint(lm, settings, tasks)
-    job.before = known if same else _measure(lm, settings, tasks, skipped)
+    if known.get("fingerprint") == fingerprint(lm, settings, tasks):
+        # What changed then is the source's story.
+        entries = {name: {k: v for k, v in task.items() if k != "change"} for name, task in known["tasks"].items()}
+        job.before = {**known, "tasks": entries}
+    else:
+        job.before = _measure(lm, settings, tasks, skipped)
     return job.before
 
 
@@ -83,33 +89,37 @@ def after(job: Job, lm: LanguageModel, settings: CardSettings) -> Card:
 
 
 def load_tasks(lm: LanguageModel, settings: CardSettings) -> tuple[list[Task], dict[str, str]]:
-    """The tasks that can be run, and for the others the reason."""
-    tasks, skipped = [], {}
-    for name in settings.tasks:
-        try:
-            task = load_task(name, limit=settings.limit, seed=settings.seed)
-        except DataError as error:
-            if not _data_are_missing(name):
-                raise
-            mini = f"{name}_mini"
-            if mini not in task_file.packaged_names():
-                skipped[name] = str(error)
-                continue
-            task = load_task(mini, limit=settings.limit, seed=settings.seed)
-            task.notes.append(f"{mini} stands in for {name}: {error}")
+    """The tasks that can be run, and for the others the reason. Raises SettingsError for two tasks of one name."""
+    tasks: list[Task] = []
+    skipped: dict[str, str] = {}
+    for asked in settings.tasks:
+        name, reason = available(asked)
+        if name is None:
+            skipped[asked] = reason
+            continue
+        task = load_task(name, limit=settings.limit, seed=settings.seed)
+        if task.name in [other.name for other in tasks]:
+            raise SettingsError(f"two of the tasks are called {task.name!r}; a card has one line for each")
         if task.is_chat and lm.tokenizer.chat_template is None:
-            skipped[name] = "the model has no chat template"
-        else:
-            tasks.append(task)
+            skipped[asked] = "the model has no chat template"
+            continue
+        if reason:
+            task.notes.append(f"{name} stands in for {asked}: {reason}")
+        tasks.append(task)
     return tasks, skipped
 
 
-def _data_are_missing(name: str) -> bool:
-    """Whether the task reads from the nursery and that entry was not fetched."""
+def available(name: str) -> tuple[str | None, str]:
+    """The task to run for `name`: itself; or, with the reason, NAME_mini when its data were not fetched, or None."""
     from bildung.data import nursery
 
     source = task_file.read_task_file(task_file.find_task_file(name)).dataset_path
-    return source.startswith("nursery:") and not nursery.is_current(source.removeprefix("nursery:").split("/")[0])
+    entry = source.removeprefix("nursery:").split("/")[0]
+    if not source.startswith("nursery:") or nursery.is_current(entry):
+        return name, ""
+    mini = f"{name}_mini"
+    reason = f"nursery:{entry} was not fetched (bildung nursery {entry})"
+    return mini if mini in task_file.packaged_names() else None, reason
 
 
 def fingerprint(lm: LanguageModel, settings: CardSettings, tasks: list[Task]) -> str:
@@ -161,7 +171,8 @@ def _measure(lm: LanguageModel, settings: CardSettings, tasks: list[Task], skipp
 
 def _score_tasks(lm: LanguageModel, settings: CardSettings, tasks: list[Task]) -> dict[str, list[dict[str, Item]]]:
     """Items of all likelihood tasks, scored together so that batches are full."""
-    examples, spans = [], []
+    examples: list[Example] = []
+    spans: list[tuple[Task, Question, int, int]] = []
     for task in tasks:
         refused = 0
         for question in task.questions:

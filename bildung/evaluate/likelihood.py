@@ -1,14 +1,15 @@
 """How probable a model finds given text: the measurement under perplexity, multiple choice and KL divergence.
 
-A thing to score is an `Example`: token ids, and a mask that says which of them are targets. Log-probabilities are summed
-in nats and counted; a mean is taken once, at the end, over everything (a mean of means weighs short texts too much).
+A thing to score is an `Example`: token ids, and a mask that says which of them are targets. Log-probabilities are
+summed in nats and counted; a mean is taken once, at the end, over everything (a mean of means weighs short texts too
+much).
 
-The model is causal, so the logits after a prefix do not depend on what follows. Two examples of which one's input begins
-with the other's therefore share one row of the batch: " positive" and " negative" after the same review cost one
-forward pass, not two. Only rows that predict a target are unembedded. log softmax is taken in float32.
+The model is causal, so the logits after a prefix do not depend on what follows. Two examples of which one's input
+begins with the other's therefore share one row of the batch: " positive" and " negative" after the same review cost one
+forward pass, not two. Only places that predict a target are unembedded. log softmax is taken in float32.
 """
 
-# B rows, L tokens of a row, D hidden size, N places that predict a target, C places of one chunk, V vocabulary
+# B rows, L tokens of a row, D hidden size, N places that predict a target, C of a chunk, M targets in it, V vocabulary
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bildung.core.errors import DataError
+from bildung.core.errors import DataError, ModelFileError
 from bildung.data.examples import Example
+from bildung.model.linear import Dense
 from bildung.model.transformer import Decoder
 from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.objectives import CHUNK_ELEMENTS
@@ -44,9 +46,12 @@ class Score:
         return len(self.token_logprobs)
 
 
-def score(model: Decoder, examples: Sequence[Example], *, batch_tokens: int = 4096) -> list[Score]:
-    """The score of each example. `batch_tokens`: tokens of one forward pass, padding included; it changes the speed, and
-    the result only by rounding. Raises DataError for an example without targets."""
+def score(model: Decoder, examples: Sequence[Example], *, batch_tokens: int = 2048) -> list[Score]:
+    """The score of each example.
+
+    batch_tokens: tokens of one forward pass, padding included; it changes the speed, and the result only by rounding.
+    Raises DataError for an example without targets, ModelFileError when the model's output is not a number.
+    """
     if empty := [index for index, example in enumerate(examples) if not example.num_targets]:
         raise DataError(f"examples {empty[:5]} have no target token: there is nothing to score")
     inputs = [_input(example) for example in examples]
@@ -89,9 +94,11 @@ def _score_batch(
     for start, logits_CV in chunks(model, h_ND):
         here = (at >= start) & (at < start + len(logits_CV))
         logp_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
-        row, token = (at[here] - start).to(logp_CV.device), target[here].to(logp_CV.device)
-        logprobs[here] = logp_CV[row, token].cpu()
-        greedy[here] = (logp_CV.argmax(dim=-1)[row] == token).cpu()
+        row_M, target_M = (at[here] - start).to(logp_CV.device), target[here].to(logp_CV.device)
+        logprobs[here] = logp_CV[row_M, target_M].cpu()
+        greedy[here] = (logp_CV.argmax(dim=-1)[row_M] == target_M).cpu()
+    if not bool(logprobs.isfinite().all()):
+        raise ModelFileError("the model's log-probabilities are not finite numbers: its weights are damaged")
     starts = [0, *ends[:-1]]
     return {
         index: Score(tuple(logprobs[start:end].tolist()), bool(greedy[start:end].all()))
@@ -143,10 +150,18 @@ def evaluating(model: Decoder, dtype: torch.dtype | None = None) -> Iterator[Non
     was_training, was_dtype = model.training, model.compute_dtype
     model.eval()
     model.compute_dtype = dtype or was_dtype
+    # Master weights in float32 are rounded once here instead of in every forward pass, which for a decoded token would
+    # be most of the work. A tied weight is one Parameter and is swapped once.
+    weights = {linear.base.weight for linear in model.linears().values() if isinstance(linear.base, Dense)}
+    masters = {weight: weight.data for weight in weights if weight.dtype != model.dtype}
+    for weight, master in masters.items():
+        weight.data = master.to(model.dtype)
     try:
         with torch.no_grad():  # inference_mode would leave cached tensors behind that training cannot use
             yield
     finally:
+        for weight, master in masters.items():
+            weight.data = master
         model.train(was_training)
         model.compute_dtype = was_dtype
 

@@ -7,8 +7,8 @@ delta method; Cochran, Sampling Techniques, 3rd ed., eq. 6.13):
     e_i = g'(R) (x_i - R c_i) / Σ c          stderr = sqrt( m / (m - 1) Σ e_i² )          g = identity or exp
 
 For a mean this is exactly the sample standard deviation over sqrt(m), which lm-eval prints. Two models measured on the
-same items have a difference with influences e_i(b) - e_i(a): what is hard for both cancels, so the paired standard error is
-far smaller than the two single ones suggest. Items must be independent: whole texts, not tokens.
+same items have a difference with influences e_i(b) - e_i(a): what is hard for both cancels, so the paired standard
+error is far smaller than the two single ones suggest. Items must be independent: whole texts, not tokens.
 """
 
 from __future__ import annotations
@@ -92,8 +92,10 @@ def _linearised(metric: Metric, items: Sequence[Item]) -> tuple[float, list[floa
 
 
 def _stderr(influence: Sequence[float]) -> float | None:
+    """None where there is no finite one: fewer than two items, or a perplexity beyond all numbers."""
     m = len(influence)
-    return None if m < 2 else math.sqrt(m / (m - 1) * math.fsum(e * e for e in influence))
+    error = math.sqrt(m / (m - 1) * math.fsum(e * e for e in influence)) if m > 1 else math.inf
+    return error if math.isfinite(error) else None
 
 
 def exact_match(

@@ -1,8 +1,8 @@
 """Task files: lm-eval's YAML form, so that one file runs here and in lm-evaluation-harness.
 
     task: capitals
-    dataset_path: json                       json, csv, parquet, arrow, text with data_files; or a source of data/sources.py
-    dataset_kwargs: {data_files: {test: capitals.jsonl}}                 beside the task file, else in the working directory
+    dataset_path: json                       json, csv, parquet, arrow, text; or a source of data/sources.py
+    dataset_kwargs: {data_files: {test: capitals.jsonl}}         beside the task file, else in the working directory
     test_split: test
     output_type: multiple_choice             loglikelihood, loglikelihood_rolling, generate_until, chat_loglikelihood
     doc_to_text: "The capital of {{name}} is"          a column's name, or a jinja2 template over the row's columns
@@ -11,9 +11,9 @@
     metric_list: [{metric: acc}]
     metadata: {version: 1}
 
-Two things differ from lm-eval. `!function` and whatever else would run code of the file is refused. And a single word that is
-no column is an error: lm-eval takes `doc_to_text: sentense` for a constant prompt and measures nonsense.
-One is added: output_type chat_loglikelihood scores the assistant's turns of a conversation through the chat template.
+Two things differ from lm-eval. `!function` and whatever else would run code of the file is refused. And a single word
+that is no column is an error: lm-eval takes `doc_to_text: sentense` for a constant prompt and measures nonsense. One is
+added: output_type chat_loglikelihood scores the assistant's turns of a conversation through the chat template.
 `metadata.limit` is how many documents a card takes when nobody says otherwise.
 """
 
@@ -50,7 +50,7 @@ METRICS_OF = {
 
 @settings
 class MetricEntry:
-    """One entry of metric_list. How items are averaged follows from the metric; `aggregation` is read and not needed."""
+    """One entry of metric_list. How items are averaged follows from the metric; `aggregation` is not needed."""
 
     metric: str
     aggregation: str | None = None
@@ -124,8 +124,8 @@ def read_task_file(path: Path) -> TaskFile:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.constructor.ConstructorError as error:
         raise DataError(
-            f"{path}: {error.problem} ({error.problem_mark}). A task file is data: `!function` and other tags, which would run "
-            "Python code, are refused; write the field as a jinja2 template"
+            f"{path}: {error.problem} ({error.problem_mark}). A task file is data: `!function` and other tags, which "
+            "would run Python code, are refused; write the field as a jinja2 template"
         ) from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read as YAML: {error}") from None
@@ -142,9 +142,8 @@ def _check(path: Path, file: TaskFile) -> None:
     for entry in metrics_of(file):
         metric = metric_called(entry.metric)
         if entry.metric not in (*default, *more):
-            raise DataError(
-                f"{path}: {file.output_type} does not measure {entry.metric!r}; it measures {', '.join((*default, *more))}"
-            )
+            known = ", ".join((*default, *more))
+            raise DataError(f"{path}: {file.output_type} does not measure {entry.metric!r}; it measures {known}")
         if entry.higher_is_better not in (None, metric.higher_is_better):
             raise DataError(f"{path}: higher_is_better of {entry.metric} is {metric.higher_is_better}")
     needed = {"multiple_choice": ("doc_to_choice", "doc_to_target"), "chat_loglikelihood": ()}
@@ -187,8 +186,8 @@ def sources_of(path: Path, file: TaskFile, split: str | None) -> list[tuple[str,
     return [(str(there if there.exists() else name), None) for there, name in zip(beside, names, strict=True)]
 
 
-# The sandbox keeps a template from Python's attributes; rows are its variables, never its text. A task file is chosen by
-# the user like a recipe, so it gets no process of its own as the chat templates of downloaded models do.
+# The sandbox keeps a template from Python's attributes; rows are its variables, never its text. A task file is chosen
+# by the user like a recipe, so it gets no process of its own as the chat templates of downloaded models do.
 ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 
 

@@ -1,11 +1,11 @@
-"""Tasks: from a task file to questions, from questions to examples that can be scored, from scores to items of a metric.
+"""Tasks: a task file becomes questions, these become examples that can be scored, and their scores items of a metric.
 
-    rows --select--> questions --encode--> examples --likelihood.score--> scores --measure--> {metric: [item per question]}
+    rows --load_task--> questions --encode--> examples --likelihood.score--> scores --measure--> {metric: item}
 
-A few-shot question begins with other, answered questions, drawn anew for each one by (seed, its own text): never itself,
-and independent of how many others are asked. (lm-eval draws from one generator in the order of the documents.) When only
-`limit` documents are taken, they are drawn at random by the seed, so that a file sorted by label is no trap; lm-eval
-takes the first ones.
+A few-shot question begins with other, answered questions, drawn anew for each one by (seed, its own row): never itself,
+and independent of how many others are asked. (lm-eval draws from one generator in the order of the documents.) When
+only `limit` documents are taken, they are drawn at random by the seed, so that a file sorted by label is no trap;
+lm-eval takes the first ones.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bildung.core.errors import ChatTemplateError, DataError, nearest
+from bildung.core.errors import DataError, nearest
+from bildung.core.record import hash_file
 from bildung.data.examples import Example
 from bildung.data.rows import Row, Unusable
-from bildung.data.sources import rows
+from bildung.data.sources import fingerprint, rows
 from bildung.data.text import Message, conversation
 from bildung.evaluate import task_file
 from bildung.evaluate.likelihood import Score, encode_pair, rolling
@@ -61,7 +62,7 @@ class Task:
 
     @cached_property
     def hash(self) -> str:
-        """Of everything the model is asked: documents, examples, templates. Equal hashes can be compared item by item."""
+        """Of everything the model is asked: documents, examples, templates. Equal hashes can be paired item by item."""
         asked = [[q.context, q.answers, q.right, q.messages] for q in self.questions]
         text = json.dumps([self.file.output_type, self.file.target_delimiter, asked], ensure_ascii=False)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
@@ -93,12 +94,26 @@ def load_task(name: str, *, limit: int | None = None, seed: int = 0) -> Task:
     if file.num_fewshot:
         shots_split = file.fewshot_split or file.training_split or split
         pool = documents if shots_split == split else _read(path, file, shots_split)[0]
-        pool = [row for row in pool if not file.output_type == "multiple_choice" or _is_answered(file, row)]
+        pool = [row for row in pool if file.output_type != "multiple_choice" or _is_answered(file, row)]
     try:
         questions = [_question(file, row, _shots(file, row, pool, seed)) for row in chosen]
     except (DataError, Unusable) as error:
         raise DataError(f"{path}: {error}") from None
     return Task(file, questions, notes)
+
+
+def data_of(name: str) -> dict[str, str]:
+    """{file or source: sha256} of the task file and everything it reads, for the inputs of an operation."""
+    path = task_file.find_task_file(name)
+    file = task_file.read_task_file(path)
+    hashes = {path.name: hash_file(path)}
+    splits = {file.test_split or file.validation_split}
+    if file.num_fewshot:
+        splits.add(file.fewshot_split or file.training_split or file.test_split or file.validation_split)
+    for split in splits:
+        for source, its_split in sources_of(path, file, split):
+            hashes |= fingerprint(source, its_split)
+    return hashes
 
 
 def _read(path: Path, file: TaskFile, split: str | None) -> tuple[list[Row], list[str]]:

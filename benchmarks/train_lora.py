@@ -2,10 +2,10 @@
 
     python benchmarks/train_lora.py MODEL_DIRECTORY [--rounds 2] [--steps 4]
 
-Rank 16 on all seven kinds of matrices, 4 rows of 512 tokens, every token a target, AdamW. Each measurement is a process
-of its own, and the contenders take turns (A B C A B C), so that a slow minute of the machine hits all of them. The first
-step of each process warms up and is not counted. The peers: float32 weights under bfloat16 autocast, peft's usual way,
-and everything in bfloat16, its leanest. Random tokens: speed only.
+Rank 16 on all seven kinds of matrices, 4 rows of 512 tokens, every token a target, AdamW. Each measurement is a
+process of its own, and the contenders take turns (A B C A B C), so that a slow minute of the machine hits all of them.
+The first step of each process warms up and is not counted. The peers: float32 weights under bfloat16 autocast, peft's
+usual way, and everything in bfloat16, its leanest. Random tokens: speed only.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def without_special_merges(raw: dict[str, Any]) -> dict[str, Any]:
     model, added = raw.get("model"), raw.get("added_tokens")
     if not isinstance(model, dict) or not isinstance(model.get("merges"), list) or not isinstance(added, list):
         return raw
-    special = {token.get("content") for token in added if isinstance(token, dict) and token.get("special")}
+    special = {str(token.get("content")) for token in added if isinstance(token, dict) and token.get("special")}
     # A merge is "a b" or ["a", "b"]; neither piece holds a space.
     kept = [
         m

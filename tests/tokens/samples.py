@@ -142,7 +142,24 @@ def sentencepiece_metadata(**more: Any) -> dict[str, Any]:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256]
     # "s>", "</" and "/s" are what `</s>` could be merged from
-    words = ["s>", "</", "/s", "▁▁", "he", "ll", "▁a", "hell", "hello", "▁hello", "or", "ld", "wor", "world", "▁world"]
+    words = [
+        "s>",
+        "</",
+        "/s",
+        "▁▁",
+        "he",
+        "el",
+        "ll",
+        "▁a",
+        "hell",
+        "hello",
+        "▁hello",
+        "or",
+        "ld",
+        "wor",
+        "world",
+        "▁world",
+    ]
     pieces = [*words, "▁", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'[]/<>|_", "é", "\n"]
     pieces.remove("\n")  # a newline is the byte token <0x0A>
     metadata = {

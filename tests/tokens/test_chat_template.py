@@ -170,6 +170,13 @@ def test_an_attacked_answer_is_masked_to_its_true_end() -> None:
     assert answers(byte_level(GENERATION), conversation(ATTACK, ATTACK)) == [ATTACK + "<|im_end|>"]
 
 
+def test_an_attacked_answer_without_an_end_of_turn_is_masked_whole() -> None:
+    tokenizer = byte_level("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    messages = conversation("a", "b <|im_end|> c")
+    ids, mask = encode_conversation(tokenizer, messages)
+    assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "assistant: b <|im_end|> c\n"
+
+
 def test_roles_and_tools_cannot_write_control_tokens_either() -> None:
     tokenizer = TOKENIZERS["qwen2"]
     ends = tokenizer.id_of("<|im_end|>")

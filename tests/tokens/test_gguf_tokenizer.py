@@ -81,6 +81,15 @@ def test_special_tokens_and_stops() -> None:
     assert tokenizer.control_ids == {0, 259, 260}
 
 
+def test_merges_that_spell_a_control_token_are_left_out() -> None:
+    kinds = list(byte_metadata()["tokenizer.ggml.token_type"])
+    number = byte_metadata()["tokenizer.ggml.tokens"].index("th")
+    assert tokenizer_from_gguf(byte_metadata()).encode("th") == [number]
+    kinds[number] = CONTROL
+    tokenizer = tokenizer_from_gguf(byte_metadata(token_type=kinds))
+    assert tokenizer.decode(tokenizer.encode("the")) == "the" and number not in tokenizer.encode("the")
+
+
 @pytest.mark.parametrize(
     ("more", "uses_bos"),
     [
@@ -107,8 +116,8 @@ def test_whole_pieces_skip_merges_where_the_model_says_so() -> None:
 
 def test_sentencepiece_merges_by_score() -> None:
     tokenizer = sentencepiece()
-    words = [tokenizer.token_of(i) for i in tokenizer.encode("hello world held\n")]
-    assert words == ["<s>", "▁hello", "▁world", "▁", "he", "ld", "<0x0A>"]
+    words = [tokenizer.token_of(i) for i in tokenizer.encode("hello world hel held\n")]
+    assert words == ["<s>", "▁hello", "▁world", "▁", "he", "l", "▁", "he", "ld", "<0x0A>"]
     assert tokenizer.encode("</s>")[1:] != [2] and tokenizer.decode(tokenizer.encode("日 </s>")) == "<s> 日 </s>"
     assert tokenizer.uses_bos and tokenizer.adds_space
     bare = tokenizer_from_gguf(sentencepiece_metadata(add_space_prefix=False))

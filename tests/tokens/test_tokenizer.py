@@ -198,6 +198,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit(d / "tokenizer.json", lambda r: r["model"]["merges"].append({"a": 1})),
         "not a valid tokenizer",
     ),
+    "added token is a list": (
+        lambda d: edit(d / "tokenizer.json", lambda r: r["added_tokens"][0].update(content=["a"])),
+        "not a valid tokenizer",
+    ),
     "added token moved": (
         lambda d: edit(d / "tokenizer.json", lambda r: r["added_tokens"][2].update(id=7)),
         r"puts the added token '<\|im_end\|>' at id 7, the vocabulary at 2",

@@ -34,24 +34,30 @@ CHUNK_ELEMENTS = 2**24  # logits alive at a time: 64 MB in float32
 def clm(model: Decoder, batch: Batch) -> LossSum:
     """Sum of -log p(target) over the batch's target tokens. Pretraining and instruction tuning alike: the masks of the
     batch, made in data/examples.py, say what is a target."""
-    nll_N, _ = _target_nll(model, batch)
+    nll_N = target_nll(model, batch)
     return LossSum(nll_N.sum(), nll_N.numel())
 
 
-def token_logprobs(model: Decoder, batch: Batch) -> Tensor:
-    """Sum over the targets of each row of log p(target), shape (B,), float32: log π(y|x) of DPO and its kin.
+def token_logprobs(model: Decoder, batch: Batch, sequence_BL: Tensor | None = None) -> Tensor:
+    """Sum over the targets of each sequence of log p(target), float32: log π(y|x) of DPO and its kin.
 
-    Sums, not means (counts are `batch.loss_mask_BL.sum(1)`). Differentiable, with the memory of one chunk of logits.
+    sequence_BL: the number, from 0, of the sequence that each token belongs to, where rows hold several; by default
+    each row is one. Sums, not means (counts are sums of the mask). Differentiable, with the memory of one chunk of
+    logits.
     """
-    nll_N, row_N = _target_nll(model, batch)
-    return nll_N.new_zeros(batch.tokens_BL.shape[0]).index_add(0, row_N, -nll_N)
+    if sequence_BL is None:
+        rows = torch.arange(batch.tokens_BL.shape[0], device=batch.tokens_BL.device)
+        sequence_BL = rows[:, None].expand_as(batch.tokens_BL)
+    nll_N = target_nll(model, batch)
+    sequence_N = sequence_BL[:, 1:][batch.loss_mask_BL[:, 1:]]
+    return nll_N.new_zeros(int(sequence_BL.max()) + 1).index_add(0, sequence_N, -nll_N)
 
 
-def _target_nll(model: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
-    """-log p of every target token (N,), float32, and the row of the batch it stands in."""
+def target_nll(model: Decoder, batch: Batch) -> Tensor:
+    """-log p of every target token of the batch, in reading order (N,), float32."""
     is_target_BL = batch.loss_mask_BL[:, 1:]  # the state before a target predicts it
     h_ND = _hidden(model, batch)[:, :-1][is_target_BL]
-    return surprisal(model, h_ND, batch.tokens_BL[:, 1:][is_target_BL]), is_target_BL.nonzero()[:, 0]
+    return surprisal(model, h_ND, batch.tokens_BL[:, 1:][is_target_BL])
 
 
 def _hidden(model: Decoder, batch: Batch) -> Tensor:

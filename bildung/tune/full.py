@@ -33,7 +33,7 @@ def full(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
 
     def work(job: Job) -> None:
         stored = load(source)
-        _check_trainable(stored, source)
+        check_trainable(stored, source)
         dtype = stored.model.model.embed_tokens.weight.dtype
         del stored
         lm = load(source, "float32")
@@ -47,7 +47,8 @@ def full(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
     return tune("tune full", source, out, settings, work, force)
 
 
-def _check_trainable(lm: LanguageModel, source: Path) -> None:
+def check_trainable(lm: LanguageModel, source: Path) -> None:
+    """Raises TrainingError for a quantized model or one that carries deltas."""
     linears = lm.model.linears()
     if quantized := [name for name, linear in linears.items() if not isinstance(linear.base, Dense)]:
         kind = type(linears[quantized[0]].base).__name__

@@ -47,11 +47,7 @@ def lora(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
 
     Raises NoSuchLinear when a target fits no matrix, SettingsError, DataError, TrainingError.
     """
-    if settings.rank < 1 or not 0 <= settings.dropout < 1:
-        raise SettingsError(
-            f"rank = {settings.rank} and dropout = {settings.dropout} were given; "
-            f"rank must be at least 1 and dropout lie in [0, 1)."
-        )
+    check(settings)
 
     def work(job: Job) -> None:
         # The frozen matrices are only ever multiplied in the precision of the activations: cast once, not every step.
@@ -63,8 +59,17 @@ def lora(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
     return tune("tune lora", source, out, settings, work, force)
 
 
-def add_lora(model: Decoder, settings: Settings) -> dict[str, Linear]:
-    """Freeze the model and add one trainable LowRank per matching matrix; returns those matrices by name.
+def check(settings: Settings) -> None:
+    """Raises SettingsError for a rank or dropout out of range."""
+    if settings.rank < 1 or not 0 <= settings.dropout < 1:
+        raise SettingsError(
+            f"rank = {settings.rank} and dropout = {settings.dropout} were given; "
+            f"rank must be at least 1 and dropout lie in [0, 1)."
+        )
+
+
+def add_lora(model: Decoder, settings: Settings, delta: str = DELTA) -> dict[str, Linear]:
+    """Freeze the model and add one trainable LowRank, named `delta`, per matching matrix; returns those by name.
 
     The first values are a function of (seed, matrices matched).
     """
@@ -73,7 +78,7 @@ def add_lora(model: Decoder, settings: Settings) -> dict[str, Linear]:
     generator = torch.Generator().manual_seed(settings.seed)
     model.requires_grad_(False)
     for linear in chosen.values():
-        linear.deltas[DELTA] = LowRank(
+        linear.deltas[delta] = LowRank(
             linear.in_features,
             linear.out_features,
             settings.rank,

@@ -103,7 +103,8 @@ def assemble(config: ModelConfig, tensors: dict[str, Tensor], dtype: str | None 
                 f"tensor {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}; "
                 f"weights and config belong to different models."
             )
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        # One NaN or infinity makes the sum one too; looking at every value takes many times as long.
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.sum())):
             raise ModelFileError(f"tensor {key} holds values that are not finite numbers; the file is damaged.")
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.to(DTYPES[dtype] if dtype else tensor.dtype)))

@@ -1,0 +1,111 @@
+"""See where every attention head looks on a prompt: one model's patterns, or how a second model's differ.
+
+    bildung look attention SOURCE OUT --prompt "When Mary and John went to the store, John gave a drink to"
+    bildung look attention TUNED OUT --prompt "..." --against BASE
+
+OUT gets attention.html (one file, works offline), attention.png, patterns.safetensors and attention.json. The
+computation is in look/attention_patterns.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bildung.core.operation import Job, perform
+from bildung.core.record import Record
+from bildung.core.settings import settings as settings_class
+from bildung.look import picture
+from bildung.look.attention_patterns import AttentionPatterns, attention_patterns, moved, pattern_difference
+from bildung.look.page import data_url, render
+from bildung.model.store import load
+
+
+@settings_class
+class Settings:
+    """Attention patterns."""
+
+    prompt: str  # the text to read
+    chat: bool = False  # the prompt is a user's turn, put through the model's chat template
+    against: Path | None = None  # a second model (B) that reads the same tokens
+    max_tokens: int = 96  # refuse longer prompts: patterns grow with the square
+
+
+def attention(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
+    """Make the page, the picture and the patterns. Raises DataError or TokenizerError for what cannot be read."""
+    companions = {"against": settings.against} if settings.against is not None else {}
+
+    def work(job: Job) -> None:
+        lm, prompt, chat, longest = load(source), settings.prompt, settings.chat, settings.max_tokens
+        model, other, b = Path(source).name, None, None
+        if settings.against is None:
+            a = attention_patterns(lm, prompt, chat=chat, max_tokens=longest)
+        else:
+            other = settings.against.name
+            a, b = pattern_difference(lm, load(settings.against), prompt, chat=chat, max_tokens=longest)
+        tensors = {"a": a.probs_NHLS} | ({"b": b.probs_NHLS} if b else {})
+        save_file({key: probs.contiguous() for key, probs in tensors.items()}, job.out / "patterns.safetensors")
+        numbers = as_json(a, b, prompt, chat, model, other)
+        (job.out / "attention.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
+        if b is None:
+            picture.draw_heads(a.probs_NHLS.numpy(), f"{model}: attention of every head", job.out / "attention.png")
+        else:
+            title = f"attention of every head: {other} minus {model} (blue: {other} looks there more)"
+            difference = (b.probs_NHLS - a.probs_NHLS).numpy()
+            picture.draw_heads(difference, title, job.out / "attention.png", difference=True)
+        (job.out / "attention.html").write_text(page(numbers, a, b, job.out / "attention.png"), encoding="utf-8")
+        job.tokens_seen = len(a.tokens)
+        job.measured = summary(numbers)
+
+    return perform("look attention", source, out, settings, work, companions=companions, force=force)
+
+
+def as_json(
+    a: AttentionPatterns, b: AttentionPatterns | None, prompt: str, chat: bool, model: str, against: str | None
+) -> dict[str, Any]:
+    """What the page shows besides the patterns; scores are {name: [layer][head]}."""
+    scores = a.scores() | ({"moved": moved(a, b)} if b else {})
+    layers, heads = a.probs_NHLS.shape[:2]
+    return {
+        "model": model,
+        "against": against,
+        "prompt": prompt,
+        "chat": chat,
+        "tokens": a.tokens,
+        "labels": a.labels,
+        "layers": layers,
+        "heads": heads,
+        "scores": {name: [[round(value, 4) for value in row] for row in t.tolist()] for name, t in scores.items()},
+    }
+
+
+def summary(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The few numbers that go into the record: the head with the highest score of each kind."""
+    measured: dict[str, Any] = {"positions": len(numbers["tokens"])}
+    for name, rows in numbers["scores"].items():
+        value, layer, head = max((value, n, h) for n, row in enumerate(rows) for h, value in enumerate(row))
+        measured[f"highest {name}"] = f"layer {layer} head {head}: {value:.3g}"
+    return measured
+
+
+def page(numbers: dict[str, Any], a: AttentionPatterns, b: AttentionPatterns | None, png: Path) -> str:
+    """attention.html. Probabilities travel as bytes, steps of 1/255."""
+    patterns = {"a": _as_bytes(a.probs_NHLS)} | ({"b": _as_bytes(b.probs_NHLS)} if b else {})
+    return render(
+        "attention.html",
+        script="attention.js",
+        facts=summary(numbers).items(),
+        picture=data_url(png),
+        data=numbers | {"patterns": patterns},
+        **{key: numbers[key] for key in ("model", "against", "prompt", "chat", "scores", "layers", "heads")},
+    )
+
+
+def _as_bytes(probs_NHLS: Tensor) -> str:
+    steps = (probs_NHLS * 255).round().clamp(0, 255).byte()
+    return base64.b64encode(steps.contiguous().numpy().tobytes()).decode()

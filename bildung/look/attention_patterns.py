@@ -1,0 +1,86 @@
+"""Attention patterns: who looks at whom, in every head of every layer.
+
+    probs[n, h, l, s]   how much head h of layer n, at position l, takes from position s; each row sums to 1
+
+A pattern says where a head reads, not what it carries on (that is the OV circuit), and not that it matters.
+"""
+
+# N layers, H heads, L query positions, S key positions
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bildung.look.prompt import check_same_model_shape, check_same_tokens, encode_prompt, label
+from bildung.model.store import LanguageModel
+from bildung.model.taps import observe
+
+LONGEST = 256  # tokens: a pattern grows with the square
+
+
+@dataclass
+class AttentionPatterns:
+    """All heads on one text."""
+
+    tokens: list[int]
+    labels: list[str]
+    probs_NHLS: Tensor
+
+    def scores(self) -> dict[str, Tensor]:
+        """Numbers NH to sort heads by: mean attention to the token before, to the first token, to itself; entropy."""
+        p, L = self.probs_NHLS, len(self.tokens)
+        entropy_NHL = -(p * p.clamp_min(1e-12).log()).sum(-1)
+        # The first query sees only itself, so it says nothing about a head.
+        later = slice(1, None) if L > 1 else slice(None)
+        return {
+            "previous token": p.diagonal(-1, -2, -1).mean(-1) if L > 1 else torch.zeros(p.shape[:2]),
+            "first token": p[:, :, later, 0].mean(-1),
+            "same token": p.diagonal(0, -2, -1)[..., later].mean(-1),
+            "entropy": entropy_NHL[..., later].mean(-1),
+        }
+
+
+@torch.no_grad()
+def attention_patterns(
+    lm: LanguageModel, prompt: str | Sequence[int] | Tensor, *, chat: bool = False, max_tokens: int = LONGEST
+) -> AttentionPatterns:
+    """The patterns of every head on a text or on token ids; plain, adapted, quantized and edited models alike.
+
+    chat: the text is a user's turn. Raises DataError for a prompt that is empty or longer than max_tokens.
+    """
+    return _patterns(lm, encode_prompt(lm, prompt, chat, max_tokens))
+
+
+def pattern_difference(
+    a: LanguageModel,
+    b: LanguageModel,
+    prompt: str | Sequence[int] | Tensor,
+    *,
+    chat: bool = False,
+    max_tokens: int = LONGEST,
+) -> tuple[AttentionPatterns, AttentionPatterns]:
+    """Both models' patterns on the same token ids (with `chat`: those of A's template).
+
+    Raises TokenizerError when their tokenizers disagree, DataError when they have other layers or heads.
+    """
+    ids = encode_prompt(a, prompt, chat, max_tokens)
+    check_same_tokens(a, b, ids, prompt, chat)
+    check_same_model_shape(a, b)
+    return _patterns(a, ids), _patterns(b, ids)
+
+
+def moved(a: AttentionPatterns, b: AttentionPatterns) -> Tensor:
+    """NH: the share of its attention that a head spends elsewhere in B (total variation, mean over positions)."""
+    return (a.probs_NHLS - b.probs_NHLS).abs().sum(-1).mean(-1) / 2
+
+
+@torch.no_grad()
+def _patterns(lm: LanguageModel, ids: list[int]) -> AttentionPatterns:
+    with observe(lm.model, "layers.*.attn.probs") as seen:
+        lm.model.hidden(torch.tensor([ids], device=lm.model.device))
+    probs = [seen[f"layers.{n}.attn.probs"][0].float().cpu() for n in range(lm.config.num_hidden_layers)]
+    return AttentionPatterns(ids, [label(lm.tokenizer, number) for number in ids], torch.stack(probs))

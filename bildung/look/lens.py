@@ -1,0 +1,141 @@
+"""The logit lens: what would the model say if it stopped after this layer? (nostalgebraist 2020)
+
+    lens_l(h) = W_U · LN_f(h_l)            h_l: the residual stream after block l, before the final norm
+
+The final norm belongs to the lens, once. (Feeding Hugging Face's `hidden_states[-1]`, which is normalised already,
+through it again is a well-known mistake.) The last row is the model's own prediction, bit for bit. Early layers write
+in a basis of their own, so a poor lens does not prove that the layer knows nothing (Belrose et al. 2023).
+"""
+
+# N layers, L positions, K kept candidates, D hidden_size, V vocabulary
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bildung.look.prompt import check_same_model_shape, check_same_tokens, encode_prompt, label
+from bildung.model.store import LanguageModel
+from bildung.model.taps import observe
+from bildung.model.transformer import Decoder
+
+CANDIDATES = 5
+LONGEST = 512  # tokens
+
+
+@dataclass
+class LogitLens:
+    """One reading. Row n is the stream after layer n; column l predicts the token that follows position l."""
+
+    tokens: list[int]
+    labels: list[str]  # of the tokens, for people
+    top_ids_NLK: Tensor  # most probable first
+    top_probs_NLK: Tensor
+    rank_NL: Tensor  # place of the final prediction in this row's ranking; 1 = it is the top token
+    kl_NL: Tensor  # KL(final || lens), nats
+    entropy_NL: Tensor  # of the lens, nats
+    next_probs_NL: Tensor  # probability of the token that really follows; NaN at the last position
+    words: dict[int, str]  # label of every id in top_ids
+
+
+@dataclass
+class LensDifference:
+    """Two models reading the same tokens."""
+
+    a: LogitLens
+    b: LogitLens
+    kl_NL: Tensor  # KL(A || B) of the lenses at each layer, nats; the last row: of the models' predictions
+    first_L: Tensor  # the first layer at which the top tokens differ; -1 where they never do
+
+
+def lens_logits(model: Decoder, h_BLD: Tensor) -> Tensor:
+    """W_U · LN_f(h): logits BLV of a residual stream that has not seen the final norm."""
+    return model.unembed(model.taps("norm", model.model.norm(h_BLD)))
+
+
+@torch.no_grad()
+def logit_lens(
+    lm: LanguageModel, prompt: str | Sequence[int] | Tensor, *, chat: bool = False, max_tokens: int = LONGEST
+) -> LogitLens:
+    """Read every layer at every position of a text or of token ids; plain, adapted, quantized and edited models alike.
+
+    chat: the text is a user's turn. Raises DataError for a prompt that is empty or longer than max_tokens.
+    """
+    reading = _Reading(lm, encode_prompt(lm, prompt, chat, max_tokens))
+    for layer in range(lm.config.num_hidden_layers):
+        reading.row(layer)
+    return reading.result()
+
+
+@torch.no_grad()
+def lens_difference(
+    a: LanguageModel,
+    b: LanguageModel,
+    prompt: str | Sequence[int] | Tensor,
+    *,
+    chat: bool = False,
+    max_tokens: int = LONGEST,
+) -> LensDifference:
+    """Read two models on the same token ids (with `chat`: those of A's template).
+
+    Raises TokenizerError when their tokenizers disagree, DataError when one has more layers than the other.
+    """
+    ids = encode_prompt(a, prompt, chat, max_tokens)
+    check_same_tokens(a, b, ids, prompt, chat)
+    check_same_model_shape(a, b)
+    one, other = _Reading(a, ids), _Reading(b, ids)
+    # Layer by layer in step: the log-probabilities of all layers at once would be N x L x V numbers.
+    kl_NL = torch.stack([kl(one.row(n), other.row(n)) for n in range(a.config.num_hidden_layers)])
+    first, second = one.result(), other.result()
+    differs_NL = first.top_ids_NLK[..., 0] != second.top_ids_NLK[..., 0]
+    return LensDifference(first, second, kl_NL, torch.where(differs_NL.any(0), differs_NL.int().argmax(0), -1))
+
+
+def kl(p_LV: Tensor, q_LV: Tensor) -> Tensor:
+    """KL(p || q) in nats of each row of log-probabilities; rounding cannot make it negative."""
+    return (p_LV.exp() * (p_LV - q_LV)).sum(-1).clamp_min(0.0)
+
+
+class _Reading:
+    """Reads one model row by row and keeps the small numbers of each."""
+
+    def __init__(self, lm: LanguageModel, ids: list[int]):
+        self.lm, self.ids = lm, ids
+        tokens_BL = torch.tensor([ids], device=lm.model.device)
+        with observe(lm.model, "layers.*.resid_post") as seen:
+            logits_BLV = lm.model(tokens_BL)
+        self.streams = [seen[f"layers.{n}.resid_post"] for n in range(lm.config.num_hidden_layers)]
+        self.final_LV = logits_BLV[0].float().log_softmax(-1)
+        self.best_L1 = self.final_LV.argmax(-1, keepdim=True)
+        self.next_L1 = tokens_BL[0].roll(-1)[:, None]
+        self.rows: list[tuple[Tensor, ...]] = []
+
+    def row(self, layer: int) -> Tensor:
+        """The lens at `layer` as log-probabilities LV."""
+        log_probs_LV = lens_logits(self.lm.model, self.streams[layer])[0].float().log_softmax(-1)
+        top = log_probs_LV.topk(min(CANDIDATES, log_probs_LV.shape[-1]))
+        rank_L = (log_probs_LV > log_probs_LV.gather(-1, self.best_L1)).sum(-1) + 1
+        next_L = log_probs_LV.gather(-1, self.next_L1)[:, 0].exp()
+        next_L[-1] = float("nan")
+        entropy_L = -(log_probs_LV.exp() * log_probs_LV).sum(-1)
+        self.rows.append((top.indices, top.values.exp(), rank_L, kl(self.final_LV, log_probs_LV), entropy_L, next_L))
+        return log_probs_LV
+
+    def result(self) -> LogitLens:
+        ids_NLK, probs_NLK, rank_NL, kl_NL, entropy_NL, next_NL = (
+            torch.stack(column).cpu() for column in zip(*self.rows, strict=True)
+        )
+        return LogitLens(
+            tokens=self.ids,
+            labels=[label(self.lm.tokenizer, number) for number in self.ids],
+            top_ids_NLK=ids_NLK,
+            top_probs_NLK=probs_NLK,
+            rank_NL=rank_NL,
+            kl_NL=kl_NL,
+            entropy_NL=entropy_NL,
+            next_probs_NL=next_NL,
+            words={number: label(self.lm.tokenizer, number) for number in ids_NLK.unique().tolist()},
+        )

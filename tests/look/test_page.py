@@ -1,0 +1,56 @@
+"""Pages are one file that runs its own script and nothing else; pictures draw any text; tokens get readable labels."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jinja2 import UndefinedError
+
+from bildung.look.page import render
+from bildung.look.picture import draw_heads, draw_lens, drawable
+from bildung.look.prompt import label
+from tests.model.tiny import tiny_lm
+
+
+def test_policy_allows_the_pages_own_script_alone(tmp_path: Path):
+    (tmp_path / "t.html").write_text(
+        '<meta content="{{ policy }}"><style>{{ asset("s.css") }}</style><p>{{ text }}</p><script>{{ script }}</script>'
+    )
+    (tmp_path / "s.css").write_text('a::before { content: "<>"; }')
+    (tmp_path / "s.js").write_text("if (1 < 2 && 3 > 2) run();")
+    page = render("t.html", (tmp_path,), script="s.js", text="<b onclick='x'>")
+    assert '{ content: "<>"; }' in page and "&lt;b onclick=&#39;x&#39;&gt;" in page
+    script = re.search(r"<script>(.*)</script>", page, re.S).group(1)
+    assert script == "if (1 < 2 && 3 > 2) run();"
+    assert "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in page
+    assert "script-src" not in render("t.html", (tmp_path,), text="")
+    with pytest.raises(UndefinedError):
+        render("t.html", (tmp_path,))
+
+
+def test_labels_show_what_a_token_is():
+    tokenizer = tiny_lm().tokenizer
+    assert [label(tokenizer, number) for number in tokenizer.encode("a b\n", bos=False)] == ["a", "·", "b", "↵"]
+    half = tokenizer.encode("é", bos=False)[0]
+    assert label(tokenizer, half) == tokenizer.token_of(half)
+    assert label(tokenizer, tokenizer.bos_id) == "<bos>"
+    assert label(tokenizer, 259) == "#259"  # a row of the embedding without a token
+
+
+def test_pictures_draw_any_text(tmp_path: Path):
+    assert drawable("a漢·𝔘") == "a□·□"
+    side = {"top_ids": [[[0]], [[1]]], "top_probs": [[[0.5]], [[1.0]]], "rank": [[2], [1]]}
+    numbers = {"model": "m $x$ 漢", "labels": ["$\\frac{$"], "words": {"0": "漢$", "1": "long" * 9}, "a": side}
+    draw_lens(numbers, tmp_path / "one.png")
+    both = numbers | {"against": "n", "b": side, "kl_ab": [[0.0], [0.0]], "first_difference": [-1]}
+    draw_lens(both, tmp_path / "two.png")
+    draw_heads(np.eye(3)[None, None].repeat(2, 1), "heads", tmp_path / "heads.png")
+    draw_heads(np.zeros((1, 1, 1, 1)), "no difference", tmp_path / "none.png", difference=True)
+    draw_lens(numbers, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "one.png").read_bytes()
+    assert all(path.stat().st_size > 500 for path in tmp_path.glob("*.png"))

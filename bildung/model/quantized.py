@@ -37,9 +37,9 @@ def method_of(raw_config: dict[str, Any]) -> str | None:
     if _says(given, NF4_WORDS):
         return "nf4"
     groups = given.get("config_groups") if _says(given, INT8_WORDS) else None
-    if isinstance(groups, dict) and groups:
-        if all(_says(group, {}) and _says(group.get("weights"), INT8_WEIGHTS) for group in groups.values()):
-            return "int8"
+    groups = list(groups.values()) if isinstance(groups, dict) else []
+    if groups and all(_says(group, {}) and _says(group.get("weights"), INT8_WEIGHTS) for group in groups):
+        return "int8"
     raise ConfigError(
         f"config.json: quantization_config {str(given)[:200]} is not read here; readable: bitsandbytes NF4 with double "
         f"quantization, and compressed-tensors pack-quantized with 8-bit symmetric channels."

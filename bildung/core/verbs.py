@@ -22,7 +22,7 @@ from bildung.core.errors import BildungError, SettingsError, nearest
 
 # Verbs of one word, for what one does all the time; all others are called by folder and name.
 WORDS = {
-    "model.adopt": "adopt",
+    "evaluate.adopt": "adopt",
     "tune.merge": "merge",
     "compress.quantize": "quantize",
     "evaluate.evaluate": "evaluate",

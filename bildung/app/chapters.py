@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pydantic_core import to_jsonable_python
 
 from bildung.core.errors import RecordError
 from bildung.core.record import Record, read_record
-from bildung.core.verbs import verbs
+from bildung.core.verbs import Verb, verbs
 
 METRICS = "metrics.jsonl"
 
@@ -101,7 +102,7 @@ def card_tasks(chapter: Chapter) -> dict[str, Any]:
 
 def changed_settings(record: Record) -> tuple[dict[str, Any], dict[str, Any], str]:
     """(those that differ from the defaults, the others, why they could not be told apart or "")."""
-    verb = verbs().get(record.operation)
+    verb = _verbs().get(record.operation)
     if verb is None or not verb.is_operation:
         return record.settings, {}, f"this version of bildung has no operation {record.operation!r}: all are shown"
     defaults = {}
@@ -113,6 +114,11 @@ def changed_settings(record: Record) -> tuple[dict[str, Any], dict[str, Any], st
     nothing = object()
     same = {name: value for name, value in record.settings.items() if defaults.get(name, nothing) == value}
     return {name: value for name, value in record.settings.items() if name not in same}, same, ""
+
+
+@cache
+def _verbs() -> dict[str, Verb]:
+    return verbs()  # reads every file of the package: once is enough
 
 
 def read_log(chapter: Chapter) -> list[dict[str, float]]:

@@ -39,7 +39,7 @@ def grids(numbers: dict[str, Any]) -> list[dict[str, Any]]:
     """What lens_grid.html draws: one table per model, and one of their difference."""
     names = [(key, f"{key.upper()}  {name}" if "b" in numbers else name) for key, name in _models(numbers)]
     shown = [
-        {"key": key, "title": title, "note": "token and its probability", "rows": _cells(numbers, key), "versus": False}
+        {"key": key, "title": title, "note": "top token of every layer", "rows": _cells(numbers, key), "versus": False}
         for key, title in names
     ]
     if "b" in numbers:

@@ -1,0 +1,1 @@
+"""Insight: what happens inside a model, and what an operation changed there."""

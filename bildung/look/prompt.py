@@ -31,9 +31,8 @@ def encode_prompt(lm: LanguageModel, prompt: str | Sequence[int] | Tensor, chat:
     else:
         ids = [int(number) for number in torch.as_tensor(prompt).flatten()]
     if not 0 < len(ids) <= limit:
-        raise DataError(
-            f"the prompt has {len(ids)} tokens; 1 to {limit} can be looked at. Shorten it or raise max_tokens."
-        )
+        remedy = "Shorten it or raise max_tokens." if ids else "Give some text."
+        raise DataError(f"the prompt has {len(ids)} tokens; 1 to {limit} can be looked at. {remedy}")
     if wrong := [number for number in ids if not 0 <= number < lm.config.vocab_size]:
         raise DataError(f"{wrong[0]} is not a token id; allowed: 0 to {lm.config.vocab_size - 1}.")
     return ids

@@ -46,12 +46,17 @@ def _answer_batch(
         for row, token in enumerate(step.tokens):
             if step.running[row] and token not in stop_ids:
                 tokens[row].append(token)
-        texts = [lm.tokenizer.decode(row, skip_special=True) for row in tokens] if until else []
+        texts = [_text(lm.tokenizer, row) for row in tokens] if until else []
         if until and all(
             cut(text, until) != text or not running for text, running in zip(texts, step.running, strict=True)
         ):
             break
-    return [cut(lm.tokenizer.decode(row, skip_special=True), until) for row in tokens]
+    return [cut(_text(lm.tokenizer, row), until) for row in tokens]
+
+
+def _text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """What the tokens say. An unembedding padded beyond the tokenizer can yield ids that stand for nothing."""
+    return tokenizer.decode([token for token in tokens if token < tokenizer.vocab_size], skip_special=True)
 
 
 def cut(text: str, until: Sequence[str]) -> str:

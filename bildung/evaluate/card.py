@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -54,7 +55,7 @@ class CardSettings:
     limit: int | None = None  # documents per task; none: what the task file proposes
     seed: int = 0  # draws the documents and the few-shot examples
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"  # of the activations while measuring
-    context: int = 512  # longest input in tokens
+    context: int = 512  # longest input in tokens; never more than the model was made for
     batch_tokens: int = 2048  # tokens of one forward pass
     sample_prompts: tuple[str, ...] = PROMPTS  # answered greedily, for people to read
     sample_tokens: int = 40  # length of these answers
@@ -149,7 +150,8 @@ def _measure(lm: LanguageModel, settings: CardSettings, tasks: list[Task], skipp
         prompts = [chat_prompt(lm.tokenizer, prompt) for prompt in settings.sample_prompts]
         texts = answers(lm, prompts, settings.sample_tokens)
     entries: dict[str, Any] = {}
-    for task in tasks:
+    skipped = {**skipped, **{task.name: "nothing of it can be scored" for task in tasks if not measured[task.name]}}
+    for task in [task for task in tasks if measured[task.name]]:
         for number, entry in enumerate(task_file.metrics_of(task.file)):
             items = [per_metric[entry.metric] for per_metric in measured[task.name]]
             name = task.name if number == 0 else f"{task.name}/{entry.metric}"
@@ -160,7 +162,7 @@ def _measure(lm: LanguageModel, settings: CardSettings, tasks: list[Task], skipp
         "samples": [
             {"prompt": prompt, "answer": text} for prompt, text in zip(settings.sample_prompts, texts, strict=True)
         ],
-        "skipped": dict(skipped),
+        "skipped": skipped,
         "notes": [note for task in tasks for note in task.notes],
         "dtype": settings.dtype,
         "template": lm.tokenizer.template_hash,
@@ -173,19 +175,22 @@ def _score_tasks(lm: LanguageModel, settings: CardSettings, tasks: list[Task]) -
     """Items of all likelihood tasks, scored together so that batches are full."""
     examples: list[Example] = []
     spans: list[tuple[Task, Question, int, int]] = []
+    context = min(settings.context, lm.config.max_position_embeddings)
     for task in tasks:
-        refused = 0
+        lost = Counter[str]()
         for question in task.questions:
             try:
-                made = encode(task, question, lm.tokenizer, settings.context)
-            except ChatTemplateError:
-                made = []
-            refused += not made
+                made, is_cut = encode(task, question, lm.tokenizer, context)
+            except ChatTemplateError as error:
+                lost[f"refused by the chat template ({error})"] += 1
+                continue
+            lost[f"cut to {context} tokens"] += is_cut
+            lost["without any token left to score"] += not made
             if made:
                 spans.append((task, question, len(examples), len(examples) + len(made)))
                 examples += made
-        if refused:
-            task.notes.append(f"{task.name}: {refused} of {len(task.questions)} conversations cannot be scored")
+        total = len(task.questions)
+        task.notes += [f"{task.name}: {count} of {total} {what}" for what, count in lost.items() if count]
     scores = score(lm.model, examples, batch_tokens=settings.batch_tokens)
     measured: dict[str, list[dict[str, Item]]] = {task.name: [] for task in tasks}
     for task, question, start, end in spans:

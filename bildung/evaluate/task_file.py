@@ -90,7 +90,7 @@ class TaskFile:
     description: str = ""  # stands before the examples
     doc_to_text: str = ""
     doc_to_target: str | int | None = None
-    doc_to_choice: str | list[str] | None = None
+    doc_to_choice: str | list[str | int | float] | None = None
     num_fewshot: int = 0
     target_delimiter: str = " "  # between question and answer
     fewshot_delimiter: str = "\n\n"  # between examples
@@ -129,6 +129,11 @@ def read_task_file(path: Path) -> TaskFile:
         ) from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read as YAML: {error}") from None
+    choices = content.get("doc_to_choice") if isinstance(content, dict) else None
+    if isinstance(choices, list) and any(isinstance(choice, bool) for choice in choices):
+        raise DataError(
+            f"{path}: doc_to_choice is {choices}: YAML reads bare yes, no, on, off so; write them in quotes"
+        )
     try:
         file = resolve(TaskFile, content)
     except SettingsError as error:

@@ -187,26 +187,26 @@ def _solution(file: TaskFile, row: Row) -> str:
     return str(target[0] if isinstance(target, list) and target else target)
 
 
-def encode(task: Task, question: Question, tokenizer: Tokenizer, context: int) -> list[Example]:
-    """What has to be scored for a question: one example per choice, one per window of a text, or one.
+def encode(task: Task, question: Question, tokenizer: Tokenizer, context: int) -> tuple[list[Example], bool]:
+    """What has to be scored for a question: one example per choice, one per window of a text, or one; and whether
+    something had to be cut off.
 
-    context: longest input in tokens. Texts are cut into windows; a context that is too long loses its beginning, as in
-    lm-eval; a conversation its end, as in training. Without anything left to score, no example.
+    context: longest input in tokens. Texts are cut into windows and lose nothing; a question that is too long loses its
+    beginning, as in lm-eval; a conversation its end, as in training. Without anything left to score, no example.
     """
     if task.is_chat:
         tokens, mask = encode_conversation(tokenizer, list(question.messages))
         mask = [False, *mask[1 : context + 1]]
-        return [Example(tokens[: context + 1], mask)] if any(mask) else []
+        return [Example(tokens[: context + 1], mask)] if any(mask) else [], len(tokens) > context + 1
     if task.file.output_type == "loglikelihood_rolling":
-        return rolling(tokenizer, question.answers[0], context)
-    delimiter = task.file.target_delimiter
-    return [_fit(encode_pair(tokenizer, question.context, delimiter + answer), context) for answer in question.answers]
-
-
-def _fit(example: Example, context: int) -> Example:
-    if example.num_targets > context:
-        raise DataError(f"an answer of {example.num_targets} tokens does not fit the context of {context}")
-    return Example(example.tokens[-context - 1 :], example.loss_mask[-context - 1 :])
+        return rolling(tokenizer, question.answers[0], context), False
+    # As in lm-eval, a loglikelihood target follows its context as it stands; only choices get the delimiter.
+    delimiter = task.file.target_delimiter if task.file.output_type == "multiple_choice" else ""
+    whole = [encode_pair(tokenizer, question.context, delimiter + answer) for answer in question.answers]
+    if (longest := max(example.num_targets for example in whole)) > context:
+        raise DataError(f"{task.name}: an answer of {longest} tokens does not fit the context of {context}")
+    fitted = [Example(example.tokens[-context - 1 :], example.loss_mask[-context - 1 :]) for example in whole]
+    return fitted, any(len(example) > context + 1 for example in whole)
 
 
 def measure(task: Task, question: Question, scores: Sequence[Score]) -> dict[str, Item]:

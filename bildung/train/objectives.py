@@ -28,7 +28,8 @@ from bildung.data.batches import Batch
 from bildung.model.transformer import Decoder
 from bildung.train.fit import LossSum
 
-CHUNK_ELEMENTS = 2**24  # logits alive at a time: 64 MB in float32
+# Logits alive at a time: 32 MB in float32. Larger blocks would be fetched from the system and zeroed anew each time.
+CHUNK_ELEMENTS = 2**23
 
 
 def clm(model: Decoder, batch: Batch) -> LossSum:

@@ -84,6 +84,7 @@ def tune(
     force: bool,
 ) -> Record:
     """`perform` with the cards around `work`, which trains and writes into job.out."""
+    source = Path(source)
     if given.steps is not None and given.epochs is not None:
         raise SettingsError(f"steps = {given.steps} and epochs = {given.epochs} were given; give one of them.")
     if given.evaluate_every and not given.held_out:
@@ -112,9 +113,9 @@ def train(job: Job, lm: LanguageModel, given: Tuning) -> None:
     """Train what requires gradients in `lm` and fill in the job's numbers. Goes on from a checkpoint in job.out."""
     lm.model.compute_dtype = COMPUTE[given.precision]
     data = prepare(lm.tokenizer, given)
-    steps = given.steps or math.ceil((given.epochs or 1) * data.batch_at.batches_per_epoch / given.micro_steps)
+    one_pass = data.batch_at.batches_per_epoch / given.micro_steps
+    steps = math.ceil(one_pass * (1 if given.epochs is None else given.epochs)) if given.steps is None else given.steps
     trainable = sum(parameter.numel() for parameter in lm.model.parameters() if parameter.requires_grad)
-    total = sum(linear.out_features * linear.in_features for linear in lm.model.linears().values())
     print(
         f"{job.operation}: {data.examples} conversations, {data.tokens} tokens, {data.targets} of them trained; "
         f"{trainable:,} trainable parameters; {steps} steps of "
@@ -143,11 +144,10 @@ def train(job: Job, lm: LanguageModel, given: Tuning) -> None:
     job.notes += data.notes
     job.measured |= {
         "trainable_parameters": trainable,
-        "share_of_matrices": trainable / total,
         "examples": data.examples,
         "tokens_per_epoch": data.tokens,
         "targets_per_epoch": data.targets,
-        "epochs": history.steps * given.micro_steps / data.batch_at.batches_per_epoch,
+        "epochs": history.steps / one_pass,
         **history.summary(),
     }
     if history.steps < steps:

@@ -99,6 +99,15 @@ def test_2n_steps_are_n_steps_resumed_for_n_more(make_lora, batch_at, tmp_path):
     assert untimed(map(json.loads, logs[0])) == untimed(map(json.loads, logs[1])) == untimed(history.rows)
 
 
+def test_a_run_that_was_finished_is_not_trained_again(make_lora, batch_at, tmp_path):
+    """A kill between the last step and the end of the operation (saving, measuring) costs no training."""
+    first, second = make_lora(), make_lora()
+    history = fit(first, batch_at, clm, adamw(first, 1e-2), steps=3, out=tmp_path, checkpoint_every=2)
+    again = fit(second, pytest.fail, clm, adamw(second, 1e-2), steps=3, out=tmp_path, checkpoint_every=2)
+    assert again == history
+    assert_equal_weights(weights(first), weights(second))
+
+
 def test_dropout_differs_between_steps_and_seeds(make_lora, batch_at):
     def losses(seed):
         model = make_lora(dropout=0.5)

@@ -9,6 +9,7 @@ import torch
 
 import bildung
 from bildung.core.errors import AdapterError
+from bildung.evaluate.card import CardSettings
 from bildung.model.linear import Dense, LowRank, replace_stores
 from bildung.model.quantized import Int8, Nf4
 from bildung.model.store import load
@@ -80,3 +81,15 @@ def test_a_delta_on_a_tied_unembedding_is_refused(tiny_lm_directory, given, tmp_
     with pytest.raises(AdapterError, match="shares with its embedding"):
         merge(tmp_path / "adapter", tmp_path / "out", Settings())
     assert not (tmp_path / "out").exists()
+
+
+def test_cards_before_and_after_chain_from_step_to_step(tiny_lm_directory, given, tmp_path):
+    """What was measured after one step is taken over as the next one's before."""
+    card = CardSettings(tasks=("capitals",), limit=3, sample_prompts=(), dtype="float32")
+    tuned = lora(tiny_lm_directory, tmp_path / "adapter", LoraSettings(**given, card=card))
+    merged = merge(tmp_path / "adapter", tmp_path / "merged", Settings(card=card, compare_texts=1))
+    assert tuned.before["fingerprint"] == tuned.after["fingerprint"] == merged.after["fingerprint"]
+    assert list(tuned.before["tasks"]) == list(tuned.after["tasks"]) and tuned.before["tasks"]
+    assert "change" in next(iter(tuned.after["tasks"].values()))
+    assert merged.before["seconds"] == tuned.after["seconds"]  # the same measurement, not a second one
+    assert merged.before["tasks"]["capitals"]["items"] == tuned.after["tasks"]["capitals"]["items"]

@@ -112,10 +112,12 @@ class Settings(lora.Settings):
     data: str  # pairs of a chosen and a rejected answer: a file, nursery:NAME, mini:NAME or hub:OWNER/NAME
     limit: int | None = None  # use only the first so many pairs
     held_out: int = 0  # pairs kept out of training, to measure accuracy and margin on before and after
+    pack: bool = True  # several answers per row, each seeing only itself and its prompt; False: one per row, padded
     rank: int = 16  # inner dimension of the update
     alpha: float = 32.0  # strength: the update is scaled by alpha / rank
     batch_size: int = 4  # pairs per micro-step
-    learning_rate: float | None = None  # type: ignore[assignment]  # default: 5e-5, with `full` 5e-6
+    learning_rate: float | None = None  # type: ignore[assignment]
+    """At the top of the schedule; default: 5e-5, with `full` 5e-6."""
     warmup: float = 0.1  # share of the steps in which the learning rate rises
     beta: float = 0.1  # how firmly the policy is held to the reference
     label_smoothing: float = 0.0  # share of pairs thought to be labelled the wrong way round

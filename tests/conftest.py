@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import tokenizers
+import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import bildung
@@ -14,6 +15,9 @@ from bildung.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from bildung.model.store import LanguageModel
+
+# A second thread costs tiny models more than it gains, and on a busy machine ten times as much.
+torch.set_num_threads(1)
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXT = [

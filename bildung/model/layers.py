@@ -1,4 +1,4 @@
-"""The parts of a block that are neither attention nor a weight matrix: normalisation and the gated feed-forward."""
+"""The parts of a model that are neither attention nor a weight matrix: embedding, normalisation, gated feed-forward."""
 
 # B batch, L length, D hidden_size, F intermediate_size
 
@@ -11,6 +11,17 @@ from torch import Tensor, nn
 from bildung.model.config import ModelConfig
 from bildung.model.linear import dense_linear
 from bildung.model.taps import Taps
+
+
+class Embedding(nn.Module):
+    """One vector per token. nn.Embedding would draw random numbers that are overwritten at once (1.3 s of imports)."""
+
+    def __init__(self, vocab_size: int, size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, size))
+
+    def forward(self, tokens_BL: Tensor) -> Tensor:
+        return F.embedding(tokens_BL, self.weight)
 
 
 class RMSNorm(nn.Module):

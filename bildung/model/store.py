@@ -11,7 +11,6 @@ import shutil
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +108,7 @@ def assemble(config: ModelConfig, tensors: dict[str, Tensor], dtype: str | None 
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.to(DTYPES[dtype] if dtype else tensor.dtype)))
     if config.tie_word_embeddings:
-        model.lm_head.base = Dense(cast(nn.Parameter, model.model.embed_tokens.weight))
+        model.lm_head.base = Dense(model.model.embed_tokens.weight)
         tensors.pop("lm_head.weight", None)  # some files repeat the tied matrix
     left = [key for key in tensors if not key.endswith("rotary_emb.inv_freq")]  # old files store what the config says
     if left:

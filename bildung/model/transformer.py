@@ -10,17 +10,14 @@ Module names are Hugging Face's, so a checkpoint's tensor names are the module p
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bildung.core.errors import DataError
 from bildung.model.attention import Attention, Mask, make_mask
 from bildung.model.config import ModelConfig
 from bildung.model.kv_cache import KVCache
-from bildung.model.layers import GatedMLP, RMSNorm
+from bildung.model.layers import Embedding, GatedMLP, RMSNorm
 from bildung.model.linear import Dense, Linear, linears
 from bildung.model.positions import RotaryEmbedding
 from bildung.model.taps import Taps
@@ -51,7 +48,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: ModelConfig, taps: Taps):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, taps, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
@@ -70,7 +67,7 @@ class Decoder(nn.Module):
         self.taps = Taps()
         self.model = Backbone(config, self.taps)
         # A tied unembedding is the same Parameter; it is saved once, under the embedding's name.
-        tied = cast(nn.Parameter, self.model.embed_tokens.weight) if config.tie_word_embeddings else None
+        tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
         head = tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.lm_head = Linear(Dense(head), name="lm_head")
         self.attached = nn.ModuleDict()
@@ -140,7 +137,7 @@ class Decoder(nn.Module):
             for window in set(self.config.windows)
         }
         cos, sin = self.model.rotary(positions_BL, self.dtype)
-        x_BLD = self.taps("embed", F.embedding(tokens_BL, self.model.embed_tokens.weight).to(self.dtype))
+        x_BLD = self.taps("embed", self.model.embed_tokens(tokens_BL).to(self.dtype))
         for block, window in zip(self.model.layers, self.config.windows, strict=True):
             x_BLD = block(x_BLD, cos, sin, masks[window], kv_cache)
         if kv_cache is not None:

@@ -10,8 +10,6 @@ from bildung.model.config import from_dict
 from bildung.model.linear import LowRank, match_linears
 from bildung.model.transformer import Decoder, build
 
-torch.set_num_threads(1)  # matrices this small cost less than waking a second thread
-
 CONFIG = dict(
     model_type="llama",
     vocab_size=61,

@@ -7,8 +7,6 @@ import json
 import pytest
 import torch
 
-torch.set_num_threads(1)  # matrices this small cost less than waking a second thread
-
 CONVERSATIONS = [
     ("What is the capital of France?", "Paris."),
     ("What is the capital of Germany?", "Berlin, on the river Spree."),

@@ -63,7 +63,7 @@ def tiny_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def tiny_lm_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as a Hugging Face directory. Read only: it is shared by all tests."""
-    from bildung.model.config import from_dict  # here, not above: tests without a model need no torch
+    from bildung.model.config import from_dict
     from bildung.model.store import LanguageModel
     from bildung.model.transformer import build
 

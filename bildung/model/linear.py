@@ -58,8 +58,11 @@ class Dense(WeightStore):
         super().__init__()
         self.weight = weight_OI
         self.out_features, self.in_features = weight_OI.shape
+        self.packed: Tensor | None = None  # a copy in the kernel's own layout, while packed.py lends one
 
     def forward(self, x_BLI: Tensor, bias_O: Tensor | None) -> Tensor:
+        if self.packed is not None and self.packed.dtype == x_BLI.dtype and not torch.is_grad_enabled():
+            return packed_linear(x_BLI, self.packed, bias_O)
         # Master weights may be float32 while activations run in bfloat16: the cast's backward returns a float32 grad.
         return F.linear(x_BLI, self.weight.to(x_BLI.dtype), None if bias_O is None else bias_O.to(x_BLI.dtype))
 
@@ -68,6 +71,14 @@ class Dense(WeightStore):
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": self.weight}
+
+
+def packed_linear(x_BLI: Tensor, packed_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x W^T + bias for a matrix in oneDNN's layout. No gradient flows through it."""
+    y_BLO: Tensor = torch.ops.mkldnn._linear_pointwise(
+        x_BLI, packed_OI, None if bias_O is None else bias_O.to(x_BLI.dtype), "none", [], ""
+    )
+    return y_BLO
 
 
 class Delta(nn.Module):
@@ -159,8 +170,9 @@ class Linear(nn.Module):
     def forward(self, x_BLI: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         y_BLO = self.base(x_BLI, self.bias)
-        for delta in self.enabled_deltas():
-            y_BLO = delta(x_BLI, y_BLO)
+        if self.deltas:
+            for delta in self.enabled_deltas():
+                y_BLO = delta(x_BLI, y_BLO)
         if self.recorder is not None:
             self._record(self.recorder, x_BLI, y_BLO)
         return y_BLO

@@ -1,0 +1,191 @@
+"""Talk to a model: in the terminal, with a history; or, in a recipe, from a script of prompts.
+
+    bildung chat lives/smollm2/nf4
+    /reset forget the conversation   /system TEXT begin anew with this system message   /quit
+
+Each turn, the whole conversation is rendered by the model's own template. The KV cache of the turn before is kept as
+far as the new token ids begin with the ids it holds, which is checked on the ids, not assumed. When the conversation
+outgrows the model's context, the oldest turns are dropped, and that is said aloud.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from bildung.core.errors import BildungError, DataError, SettingsError
+from bildung.core.operation import Job, perform
+from bildung.core.record import Record
+from bildung.core.settings import settings as settings_class
+from bildung.model.kv_cache import KVCache
+from bildung.run.decode import Sampling
+from bildung.run.generate import stream
+from bildung.tokens.chat_template import encode_chat
+
+if TYPE_CHECKING:
+    from bildung.model.store import LanguageModel
+
+TRANSCRIPT = "transcript.json"
+
+
+@settings_class
+class Settings(Sampling):
+    """A scripted conversation."""
+
+    prompts: tuple[str, ...]  # what the user says, turn by turn
+    system: str | None = None  # the system message; default: the template's own
+    new_tokens: int = 64  # length of an answer at most
+
+
+@settings_class
+class Command(Sampling):
+    """A conversation in the terminal."""
+
+    directory: tyro.conf.Positional[Path]  # a model or adapter directory, or a .gguf file
+    system: str | None = None  # the system message; default: the template's own
+    new_tokens: int = 256  # length of an answer at most
+
+
+class Conversation:
+    """Messages so far, and the cache of what the model has read of them."""
+
+    def __init__(self, lm: LanguageModel, new_tokens: int, sampling: Sampling, system: str | None = None):
+        if lm.tokenizer.chat_template is None:
+            raise SettingsError("this model has no chat template; `bildung generate` continues plain text.")
+        if not 1 <= new_tokens < lm.config.max_position_embeddings:
+            raise SettingsError(
+                f"new_tokens = {new_tokens}; an answer must have at least 1 token and leave room for a question in the "
+                f"model's context of {lm.config.max_position_embeddings}."
+            )
+        self.lm, self.new_tokens, self.sampling = lm, new_tokens, sampling
+        self.context = lm.config.max_position_embeddings
+        self.say: Callable[[str], None] = lambda text: None
+        self.begin(system)
+
+    def begin(self, system: str | None = None) -> None:
+        """Forget everything; start with a system message, if given."""
+        self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        self.cache: KVCache | None = None
+        self.cached: list[int] = []
+
+    def ask(self, text: str) -> Iterator[str]:
+        """The answer to a user's turn, in pieces. A turn cut short by Ctrl-C keeps what was said."""
+        if not text.strip():
+            raise DataError("an empty question; say something, or /quit.")
+        self.messages.append({"role": "user", "content": text})
+        try:
+            ids = self._fitting_ids()
+        except BildungError:
+            self.messages.pop()
+            raise
+        cache = self._cache_for(ids)
+        said: list[str] = []
+        generated: list[int] = []
+        try:
+            for piece in stream(
+                self.lm, ids, self.new_tokens, sampling=self.sampling, kv_cache=cache, generated=generated
+            ):
+                said.append(piece)
+                yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(said)})
+            self.cached = [*ids, *generated][: cache.length]
+
+    def _fitting_ids(self) -> list[int]:
+        """The conversation's token ids; drops the oldest question and answer until an answer fits behind them."""
+        kept, dropped = list(self.messages), 0
+        while True:
+            ids = encode_chat(self.lm.tokenizer, kept, add_generation_prompt=True)
+            if len(ids) + self.new_tokens <= self.context:
+                self.messages = kept
+                if dropped:
+                    self.say(
+                        f"(the conversation outgrew {self.context} tokens: the oldest {dropped} turns were dropped)"
+                    )
+                return ids
+            first = 1 if kept[0]["role"] == "system" else 0
+            if len(kept) - first <= 1:
+                raise DataError(
+                    f"this question has {len(ids)} tokens; with an answer of {self.new_tokens} it does not fit the "
+                    f"model's context of {self.context}. Make it shorter."
+                )
+            del kept[first : first + 2]
+            dropped += 1
+
+    def _cache_for(self, ids: list[int]) -> KVCache:
+        """The old cache, rewound to what `ids` share with it; a larger or empty one where that does not do."""
+        shared = 0
+        while shared < min(len(self.cached), len(ids) - 1) and self.cached[shared] == ids[shared]:
+            shared += 1
+        needed = len(ids) + self.new_tokens
+        if self.cache is None or self.cache.max_length < needed:
+            shared = 0
+            self.cache = self.lm.model.kv_cache(1, min(self.context, max(2 * needed, 1024)))
+        self.cache.length = shared
+        return self.cache
+
+
+def chat(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
+    """A scripted conversation: out/transcript.json holds the turns, the record the pairs of prompt and answer.
+
+    Raises SettingsError without prompts or chat template, DataError for an empty prompt or one that does not fit.
+    """
+    if not settings.prompts:
+        raise SettingsError("prompts is empty; give at least one thing to say.")
+
+    def work(job: Job) -> None:
+        from bildung.model.store import load
+
+        conversation = Conversation(load(source), settings.new_tokens, settings, settings.system)
+        conversation.say = job.notes.append
+        answers = ["".join(conversation.ask(prompt)) for prompt in settings.prompts]
+        text = json.dumps(conversation.messages, indent=2, ensure_ascii=False)
+        (job.out / TRANSCRIPT).write_text(text + "\n", encoding="utf-8")
+        turns = zip(settings.prompts, answers, strict=True)
+        job.measured["conversation"] = [{"prompt": prompt, "answer": answer} for prompt, answer in turns]
+
+    return perform("chat", source, out, settings, work, force=force)
+
+
+def command(settings: Command) -> None:
+    """`bildung chat DIR`: read, answer, until /quit or the end of input."""
+    from bildung.model.store import load
+
+    conversation = Conversation(load(settings.directory), settings.new_tokens, settings, settings.system)
+    conversation.say = lambda text: print(text, file=sys.stderr)
+    print("/reset begins anew, /system TEXT with a system message, /quit or Ctrl-D ends; Ctrl-C stops an answer.")
+    while True:
+        try:
+            line = input("\nyou: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            return
+        if word in ("/reset", "/system"):
+            conversation.begin(rest.strip() or None)
+            print("(a new conversation)")
+        elif word.startswith("/"):
+            print(f"{word} is not known; there are /reset, /system TEXT, /quit.")
+        elif line:
+            _answer(conversation, line)
+
+
+def _answer(conversation: Conversation, line: str) -> None:
+    print("\nmodel: ", end="", flush=True)
+    pieces = conversation.ask(line)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        pieces.close()  # type: ignore[attr-defined]
+        print(" (stopped; the history keeps it)")
+    except BildungError as error:
+        print(f"({error})")

@@ -1,0 +1,82 @@
+"""Text in, text out: the answer alone, cut at stop strings, the same in pieces as whole."""
+
+from __future__ import annotations
+
+import pytest
+
+import bildung
+from bildung.core.errors import DataError, SettingsError
+from bildung.model.store import LanguageModel
+from bildung.run.decode import Sampling
+from bildung.run.generate import encode_prompt, stream
+from bildung.run.loop import decode
+
+PROMPT = "The capital of"
+
+
+def test_the_answer_is_what_the_loop_decodes(tiny_lm: LanguageModel) -> None:
+    ids = tiny_lm.tokenizer.encode(PROMPT)
+    tokens = decode(tiny_lm.model, [ids], new_tokens=9, stop_ids=tiny_lm.tokenizer.stop_ids)[0].tokens
+    known = [token for token in tokens if token not in tiny_lm.tokenizer.stop_ids]
+    assert bildung.generate(tiny_lm, PROMPT, new_tokens=9) == tiny_lm.tokenizer.decode(known, skip_special=True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pieces_join_to_the_whole_and_seeds_repeat(tiny_lm: LanguageModel, seed: int) -> None:
+    ids = tiny_lm.tokenizer.encode(PROMPT)
+    text = bildung.generate(tiny_lm, PROMPT, new_tokens=20, temperature=1.0, top_k=40, seed=seed)
+    sampling = Sampling(temperature=1.0, top_k=40, seed=seed)
+    assert "".join(stream(tiny_lm, ids, 20, sampling=sampling)) == text
+    assert text == bildung.generate(tiny_lm, PROMPT, new_tokens=20, temperature=1.0, top_k=40, seed=seed)
+    assert text != bildung.generate(tiny_lm, PROMPT, new_tokens=20, temperature=1.0, top_k=40, seed=seed + 1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_stop_strings_cut_even_across_tokens_and_never_leak_in_pieces(tiny_lm: LanguageModel, length: int) -> None:
+    whole = bildung.generate(tiny_lm, PROMPT, new_tokens=30, temperature=1.0, seed=2)
+    for start in range(1, len(whole) - length):
+        stop = whole[start : start + length]
+        cut = bildung.generate(tiny_lm, PROMPT, new_tokens=30, temperature=1.0, seed=2, stop=[stop, "never said"])
+        assert cut == whole[: whole.find(stop)]
+        ids = tiny_lm.tokenizer.encode(PROMPT)
+        pieces = list(stream(tiny_lm, ids, 30, sampling=Sampling(temperature=1.0, seed=2), stop=[stop]))
+        assert "".join(pieces) == cut
+        if start > 12:
+            break
+
+
+def test_a_conversation_goes_through_the_template(tiny_lm: LanguageModel) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    assert bildung.generate(tiny_lm, messages, new_tokens=5) == bildung.generate(
+        tiny_lm, PROMPT, new_tokens=5, chat=True
+    )
+    ids = encode_prompt(tiny_lm, PROMPT, chat=True)
+    assert tiny_lm.tokenizer.decode(ids).endswith("assistant\n") and ids != encode_prompt(tiny_lm, PROMPT)
+
+
+def test_ids_without_a_token_are_never_chosen(tiny_lm: LanguageModel) -> None:
+    """The model's vocabulary is larger than the tokenizer's: its last rows would be chosen here."""
+    assert tiny_lm.config.vocab_size > tiny_lm.tokenizer.vocab_size
+    head = tiny_lm.model.lm_head.base.weight
+    kept = head.detach().clone()
+    try:
+        head.data[tiny_lm.tokenizer.vocab_size :] *= 1000
+        generated: list[int] = []
+        list(stream(tiny_lm, tiny_lm.tokenizer.encode(PROMPT), 8, generated=generated))
+        assert max(generated) < tiny_lm.tokenizer.vocab_size
+    finally:
+        head.data.copy_(kept)
+
+
+def test_what_cannot_be_is_refused(tiny_lm: LanguageModel) -> None:
+    with pytest.raises(SettingsError, match="stop string is empty"):
+        bildung.generate(tiny_lm, PROMPT, stop=[""])
+    with pytest.raises(SettingsError, match="new_tokens"):
+        bildung.generate(tiny_lm, PROMPT, new_tokens=0)
+    with pytest.raises(SettingsError, match="top_p"):
+        bildung.generate(tiny_lm, PROMPT, temperature=1.0, top_p=1.5)
+    with pytest.raises(SettingsError, match="context"):
+        bildung.generate(tiny_lm, PROMPT * 500)
+    if not tiny_lm.tokenizer.encode(""):
+        with pytest.raises(DataError, match="prompt is empty"):
+            bildung.generate(tiny_lm, "")

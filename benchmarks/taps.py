@@ -1,6 +1,6 @@
 """What idle taps cost: per call against an identity module, and per forward pass against a model without them.
 
-    python -m benchmarks.taps
+python -m benchmarks.taps
 """
 
 from __future__ import annotations

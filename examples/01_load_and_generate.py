@@ -1,6 +1,6 @@
 """Load a model directory and let it continue a text.
 
-    python examples/01_load_and_generate.py lives/smollm2/base
+python examples/01_load_and_generate.py lives/smollm2/base
 """
 
 import sys

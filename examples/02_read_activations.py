@@ -1,6 +1,6 @@
 """Read any activation by name: how long is the residual stream's vector after each layer?
 
-    python examples/02_read_activations.py lives/smollm2/base
+python examples/02_read_activations.py lives/smollm2/base
 """
 
 import sys

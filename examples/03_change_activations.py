@@ -1,6 +1,6 @@
 """Switch off one layer's feed-forward at a time: how much does the prediction change (KL divergence, nats)?
 
-    python examples/03_change_activations.py lives/smollm2/base
+python examples/03_change_activations.py lives/smollm2/base
 """
 
 import sys

@@ -1,6 +1,6 @@
 """The weight seam by hand: add a low-rank delta to every query matrix, switch it off, merge it, save it.
 
-    python examples/04_add_a_delta.py lives/smollm2/base /tmp/with-delta
+python examples/04_add_a_delta.py lives/smollm2/base /tmp/with-delta
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Instruction tuning as an operation: a model directory in, an adapter directory with its record out.
 
-    python examples/05_tune_lora.py lives/smollm2/base /tmp/tuned
+python examples/05_tune_lora.py lives/smollm2/base /tmp/tuned
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Direct preference optimization; the reference model is the same model with the new delta switched off.
 
-    python examples/06_align_dpo.py lives/smollm2/base /tmp/aligned
+python examples/06_align_dpo.py lives/smollm2/base /tmp/aligned
 """
 
 import json

@@ -1,6 +1,6 @@
 """Quantize a model to 8 and to 4 bits and see what that costs it.
 
-    python examples/07_quantize.py lives/smollm2/base /tmp/quantized
+python examples/07_quantize.py lives/smollm2/base /tmp/quantized
 """
 
 import sys

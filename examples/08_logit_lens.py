@@ -1,6 +1,6 @@
 """The logit lens: which token would each layer say?
 
-    python examples/08_logit_lens.py lives/smollm2/base
+python examples/08_logit_lens.py lives/smollm2/base
 """
 
 import sys

@@ -1,6 +1,6 @@
 """A model from nothing: a config, random weights, one small objective, the one training loop, an ordinary directory.
 
-    python examples/09_born_from_nothing.py /tmp/born
+python examples/09_born_from_nothing.py /tmp/born
 """
 
 import sys

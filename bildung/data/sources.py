@@ -75,7 +75,7 @@ def files_of(source: str, split: str | None = None) -> list[Path]:
         split = suffix or split
         if scheme == "mini":
             return _pick_split(source, _mini_files(name), split)
-        from bildung.data import nursery  # the manifest is only read when it is needed
+        import bildung.data.nursery as nursery  # the manifest is only read when it is needed
 
         return _pick_split(source, _splits_of(nursery.rows_directory(name)), split)
     path = Path(source).expanduser()
@@ -97,7 +97,7 @@ def files_of(source: str, split: str | None = None) -> list[Path]:
 
 
 def _unknown(source: str) -> str:
-    from bildung.data import nursery
+    import bildung.data.nursery as nursery
 
     known = [f"nursery:{name}" for name in nursery.names()] + [f"mini:{name}" for name in mini_names()]
     folder = Path(source).parent

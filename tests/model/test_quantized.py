@@ -211,7 +211,7 @@ def bitsandbytes():
 @pytest.mark.filterwarnings("ignore")
 def test_nf4_equals_bitsandbytes(bitsandbytes):
     weight = normal(192, 256)
-    assert NF4_CODE == tuple(bitsandbytes.functional.get_4bit_type("nf4", device="cpu").tolist())
+    assert tuple(bitsandbytes.functional.get_4bit_type("nf4", device="cpu").tolist()) == NF4_CODE
     torch.testing.assert_close(bitsandbytes.functional.create_dynamic_map().float(), dynamic_map(), rtol=0, atol=0)
     packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     ours = Nf4.quantize(weight)

@@ -9,4 +9,8 @@ import bildung
 from bildung.look.lens import logit_lens
 
 lm = bildung.load(sys.argv[1], dtype="float32")
-print(logit_lens(lm, "The capital of France is"))
+lens = logit_lens(lm, "The capital of France is")
+print("what follows", *lens.labels)
+for layer, (ids_K, probs_K) in enumerate(zip(lens.top_ids_NLK[:, -1], lens.top_probs_NLK[:, -1], strict=True)):
+    words = "  ".join(f"{lens.words[int(i)]} {p:.2f}" for i, p in zip(ids_K[:3], probs_K[:3], strict=True))
+    print(f"layer {layer:2}  KL to the end {lens.kl_NL[layer, -1]:6.2f} nats   {words}")

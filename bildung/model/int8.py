@@ -17,7 +17,7 @@ from torch import Tensor
 from bildung.core.errors import ModelFileError
 from bildung.model.quantized_store import Quantized, check_finite
 
-# Up to so many rows of input, torch's int8 kernel beats dequantizing and multiplying (measured in benchmarks/int8.py).
+# Up to so many rows of input, torch's int8 kernel beats dequantizing and multiplying (benchmarks/quantized.py).
 FEW_ROWS = 16
 KEYS = {"weight_packed", "weight_scale", "weight_shape"}
 

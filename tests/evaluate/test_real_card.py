@@ -10,7 +10,6 @@ from tests.tokens.samples import real_gguf
 
 
 @pytest.mark.real
-@pytest.mark.slow
 def test_smollm2_knows_what_it_should():
     tasks = ("capitals", "elements", "prose", "sentiment_mini", "instructions_mini")
     made = card(bildung.load(real_gguf()), CardSettings(tasks=tasks, limit=40, sample_tokens=12))

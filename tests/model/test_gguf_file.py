@@ -230,7 +230,6 @@ def test_tensors_without_a_place_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.slow
 def test_smollm2_equals_transformers() -> None:
     path = real_gguf()
     gguf_file = read_gguf(path)

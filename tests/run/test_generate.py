@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 import bildung
 from bildung.core.errors import DataError, SettingsError
+from bildung.model.config import from_dict
 from bildung.model.store import LanguageModel
+from bildung.model.transformer import build
 from bildung.run.decode import Sampling
 from bildung.run.generate import encode_prompt, stream
 from bildung.run.loop import decode
+from bildung.tokens.tokenizer import Tokenizer
+from tests.conftest import CONFIG
 
 PROMPT = "The capital of"
 
@@ -80,3 +86,31 @@ def test_what_cannot_be_is_refused(tiny_lm: LanguageModel) -> None:
     if not tiny_lm.tokenizer.encode(""):
         with pytest.raises(DataError, match="prompt is empty"):
             bildung.generate(tiny_lm, "")
+
+
+def test_one_stop_string_needs_no_list(tiny_lm: LanguageModel) -> None:
+    whole = bildung.generate(tiny_lm, PROMPT, new_tokens=30, temperature=1.0, seed=2)
+    stop = whole[5:8]
+    cut = bildung.generate(tiny_lm, PROMPT, new_tokens=30, temperature=1.0, seed=2, stop=stop)
+    assert cut == whole[: whole.find(stop)]
+
+
+@pytest.mark.parametrize("prompt", [None, 7, b"bytes", [], {"role": "user"}])
+def test_what_is_neither_text_nor_messages_is_refused(tiny_lm: LanguageModel, prompt: object) -> None:
+    with pytest.raises(DataError, match="a text, or a list"):
+        bildung.generate(tiny_lm, prompt)  # type: ignore[arg-type]
+
+
+def test_an_answer_keeps_the_space_that_sentencepiece_drops_at_the_start() -> None:
+    """Decoded alone, `▁b` is "b"; after a prompt it is " b"."""
+    vocabulary = {"<unk>": 0, "▁a": 1, "▁b": 2}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    config = from_dict({**CONFIG, "vocab_size": 3, "eos_token_id": None, "bos_token_id": None})
+    lm = LanguageModel(build(config, seed=3).eval(), Tokenizer(backend, {"unk_token": "<unk>"}), config)
+    prompt = lm.tokenizer.encode("a b a")
+    assert prompt == [1, 2, 1]
+    generated: list[int] = []
+    text = "".join(stream(lm, prompt, 6, sampling=Sampling(temperature=1.0), generated=generated))
+    both = lm.tokenizer.decode(prompt + generated, skip_special=True)
+    assert text.startswith(" ") and both == "a b a" + text

@@ -23,6 +23,7 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.model.kv_cache import KVCache
+from bildung.model.packed import packed
 from bildung.run.decode import Sampling
 from bildung.run.generate import stream
 from bildung.tokens.chat_template import encode_chat
@@ -143,7 +144,8 @@ def chat(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
 
         conversation = Conversation(load(source), settings.new_tokens, settings, settings.system)
         conversation.say = job.notes.append
-        answers = ["".join(conversation.ask(prompt)) for prompt in settings.prompts]
+        with packed(conversation.lm.model):  # once, not in each turn
+            answers = ["".join(conversation.ask(prompt)) for prompt in settings.prompts]
         text = json.dumps(conversation.messages, indent=2, ensure_ascii=False)
         (job.out / TRANSCRIPT).write_text(text + "\n", encoding="utf-8")
         turns = zip(settings.prompts, answers, strict=True)
@@ -159,6 +161,11 @@ def command(settings: Command) -> None:
     conversation = Conversation(load(settings.directory), settings.new_tokens, settings, settings.system)
     conversation.say = lambda text: print(text, file=sys.stderr)
     print("/reset begins anew, /system TEXT with a system message, /quit or Ctrl-D ends; Ctrl-C stops an answer.")
+    with packed(conversation.lm.model):  # once, not in each turn
+        _converse(conversation)
+
+
+def _converse(conversation: Conversation) -> None:
     while True:
         try:
             line = input("\nyou: ").strip()

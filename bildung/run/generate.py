@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[Mapping[str, object]]
 
+CONTEXT_OF_TEXT = 8  # so many tokens of the prompt decide how the answer's first one is written
+
 
 @settings
 class Command(Sampling):
@@ -63,7 +65,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     seed: int = 0,
 ) -> str:
     """The model's answer to a text, or to a conversation (a list of messages, or a text with `chat`).
@@ -84,6 +86,8 @@ def generate(
 
 def encode_prompt(lm: LanguageModel, prompt: Prompt, chat: bool = False) -> list[int]:
     """Token ids of a text (BOS if the model uses one), or of a conversation up to where the assistant speaks."""
+    if not isinstance(prompt, str) and (not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not prompt):
+        raise DataError(f"the prompt is {str(prompt)[:60]!r}; a text, or a list of at least one message, is expected.")
     if isinstance(prompt, str) and not chat:
         ids = lm.tokenizer.encode(prompt)
         if not ids:
@@ -99,15 +103,17 @@ def stream(
     new_tokens: int,
     *,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     kv_cache: KVCache | None = None,
     generated: list[int] | None = None,
 ) -> Iterator[str]:
     """The answer to a prompt of token ids in pieces, each of whole characters; joined they are `generate`'s text.
 
+    The text is what the answer adds to the prompt's text: a SentencePiece answer " Paris" keeps its space.
     A piece that may be the beginning of a stop string is held back until that is decided. kv_cache: one that holds a
     beginning of `ids`, to go on with. generated: a list that receives the ids as they come, the stop token included.
     """
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stop:
         raise SettingsError("a stop string is empty; every text would end before its first character.")
     sampling = sampling or Sampling()
@@ -115,6 +121,7 @@ def stream(
     if lm.config.vocab_size > lm.tokenizer.vocab_size:
         rules.append(_only_known(lm.tokenizer.vocab_size))
     decoder, held = StreamDecoder(lm.tokenizer, skip_special=True), ""
+    decoder.context = list(ids[-CONTEXT_OF_TEXT:])
     stop_ids = lm.tokenizer.stop_ids
     for step in decode_steps(
         lm.model,

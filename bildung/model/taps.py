@@ -111,7 +111,7 @@ def observe(model: nn.Module, pattern: str | Sequence[str]) -> Iterator[dict[str
 
         return tap
 
-    with _listening(model, {site: keep(site) for site in match_sites(model, pattern)}):
+    with _listening(model, [(site, keep(site)) for site in match_sites(model, pattern)]):
         yield seen
 
 
@@ -119,22 +119,23 @@ def observe(model: nn.Module, pattern: str | Sequence[str]) -> Iterator[dict[str
 def intervene(model: nn.Module, edits: Mapping[str, Tap]) -> Iterator[None]:
     """Change activations: pattern -> function of the activation; it returns the new one, or None to leave it.
 
-    Functions must be pure (compile and activation checkpointing may run them again) and keep shape and dtype.
-    Patching an activation with itself changes nothing, bit for bit.
+    Functions must be pure (compile and activation checkpointing may run them again) and keep shape and dtype. Where
+    several patterns fit a site, their functions apply one after the other. Patching an activation with itself changes
+    nothing, bit for bit.
     """
-    with _listening(model, {site: fn for pattern, fn in edits.items() for site in match_sites(model, pattern)}):
+    with _listening(model, [(site, fn) for pattern, fn in edits.items() for site in match_sites(model, pattern)]):
         yield
 
 
 @contextmanager
-def _listening(model: nn.Module, listeners: Mapping[str, Tap]) -> Iterator[None]:
+def _listening(model: nn.Module, listeners: Sequence[tuple[str, Tap]]) -> Iterator[None]:
     taps: Taps = model.taps  # type: ignore[assignment]
-    for site, tap in listeners.items():
+    for site, tap in listeners:
         taps.add(site, tap)
     try:
         yield
     finally:
-        for site, tap in listeners.items():
+        for site, tap in listeners:
             taps.remove(site, tap)
 
 

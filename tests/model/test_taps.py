@@ -105,6 +105,12 @@ def test_interventions_stack_in_order_and_end_with_their_block() -> None:
         assert (seen[site] == 0).all()
     assert not torch.equal(ablated, plain)
     assert torch.equal(model(tokens()), plain)
+    twice = {"layers.*.mlp.out": lambda x: x + 1, site: lambda x: 3 * x}
+    with intervene(model, twice), observe(model, site) as seen:
+        model(tokens())
+    with intervene(model, {"layers.0.mlp.out": lambda x: x + 1}), observe(model, site) as once:
+        model(tokens())
+    torch.testing.assert_close(seen[site], 3 * (once[site] + 1))
     with pytest.raises(RuntimeError, match="stop"), intervene(model, {site: torch.zeros_like}):
         raise RuntimeError("stop")
     assert not model.taps.listeners

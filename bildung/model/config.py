@@ -29,6 +29,7 @@ SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings"
 ).split()
+MAX_LAYERS = 4096  # many times the deepest model known; every layer is built before its tensors are looked for
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class ModelConfig:
         for name in SIZES:
             if not _is_size(value := getattr(self, name)):
                 raise ConfigError(f"config.json: {name} = {value!r}; it must be a positive whole number.")
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ConfigError(f"config.json: num_hidden_layers = {self.num_hidden_layers}; at most {MAX_LAYERS}.")
+        if self.rms_norm_eps < 0:
+            raise ConfigError(f"config.json: rms_norm_eps = {self.rms_norm_eps}; it must not be negative.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config.json: num_attention_heads = {self.num_attention_heads} is not a multiple of "
@@ -93,6 +98,10 @@ class ModelConfig:
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
 class ConfigKeys:
@@ -125,7 +134,7 @@ class ConfigKeys:
     def number(self, name: str, *default: float) -> float:
         """A finite number."""
         value = self.take(name, *default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        if not _is_number(value):
             raise ConfigError(f"config.json: {name} = {value!r}; it must be a number.")
         return value
 
@@ -170,8 +179,12 @@ def rope_from(keys: ConfigKeys) -> Rope:
     """RoPE settings from either form: transformers 5 `rope_parameters`, or `rope_theta` + `rope_scaling` before it."""
     theta = keys.number("rope_theta", 10000.0)
     new, old = keys.take("rope_parameters", {}), keys.take("rope_scaling", {})
-    given = dict(new or old)
-    theta = float(given.pop("rope_theta", theta))
+    if not isinstance(given := new or old, dict):
+        raise ConfigError(f"config.json: RoPE settings {str(given)[:80]!r} are not a JSON object.")
+    given = dict(given)
+    theta = given.pop("rope_theta", theta)
+    if not _is_number(theta) or theta <= 0:
+        raise ConfigError(f"config.json: rope_theta = {theta!r}; it must be a positive number.")
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
     numbers = {
@@ -179,18 +192,18 @@ def rope_from(keys: ConfigKeys) -> Rope:
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
-    if kind not in numbers:
+    if not isinstance(kind, str) or kind not in numbers:
         raise ConfigError(f"config.json: RoPE scaling {kind!r} is not supported; allowed: {', '.join(numbers)}.")
     rope: dict[str, Any] = {}
     for name in numbers[kind]:
         value = given.pop(name, None)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if not _is_number(value) or value <= 0:
             raise ConfigError(f"config.json: RoPE scaling {kind!r} needs a positive {name}; it is {value!r}.")
         rope[name] = value
     given = {k: v for k, v in given.items() if v is not None and not (k == "factor" and v == 1.0)}
     if given:
         raise ConfigError(f"config.json: RoPE scaling {kind!r} does not know {', '.join(sorted(given))}.")
-    return Rope(theta=theta, kind=kind, **rope)
+    return Rope(theta=float(theta), kind=kind, **rope)
 
 
 def from_dict(raw: dict[str, Any]) -> ModelConfig:
@@ -222,7 +235,7 @@ def read_config(directory: Path) -> ModelConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{directory} holds no config.json; a Hugging Face model directory is expected.") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds a {type(raw).__name__}; a JSON object is expected.")

@@ -55,6 +55,16 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "infinite eps": ({"rms_norm_eps": float("inf")}, "must be a number"),
     "attention dropout": ({"attention_dropout": 0.1}, "not supported"),
     "odd head": ({"head_dim": 7}, "odd"),
+    "more layers than memory": ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000; at most"),
+    "negative eps": ({"rms_norm_eps": -1e-5}, "must not be negative"),
+    "rope is text": ({"rope_scaling": "linear"}, "not a JSON object"),
+    "rope kind is a list": ({"rope_parameters": {"rope_type": ["linear"]}}, "allowed: default, linear, llama3"),
+    "rope theta is text": ({"rope_parameters": {"rope_theta": "1e4"}}, "positive number"),
+    "rope theta is zero": ({"rope_theta": 0}, "positive number"),
+    "rope factor is infinite": (
+        {"rope_scaling": {"rope_type": "linear", "factor": float("inf")}},
+        "needs a positive factor",
+    ),
 }
 
 
@@ -69,6 +79,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no config\.json"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"')
+    with pytest.raises(ConfigError, match="cannot be read as JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)  # Python's JSON reader gives up with a RecursionError
     with pytest.raises(ConfigError, match="cannot be read as JSON"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text("[1, 2]")

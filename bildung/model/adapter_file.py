@@ -61,7 +61,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(given, dict):
         raise AdapterError(f"{path} holds a {type(given).__name__}; a JSON object is expected.")
@@ -71,7 +71,20 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise AdapterError(f"{path}: {key} = {value!r} is not supported; allowed: {allowed[0]!r}.")
         if allowed is None and key not in INERT and value not in (None, False, {}, []):
             raise AdapterError(f"{path}: unknown key {key!r} = {value!r}. {nearest(key, INERT | set(REQUIRED))}")
+    patterns = given.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(map(_is_strength, [given.get("lora_alpha", 8), *patterns.values()])):
+        raise AdapterError(f"{path}: lora_alpha and the values of alpha_pattern must be numbers.")
+    dropout = given.get("lora_dropout") or 0.0
+    if not _is_strength(dropout) or not 0 <= dropout < 1:
+        raise AdapterError(f"{path}: lora_dropout = {dropout!r}; it must lie in [0, 1).")
+    for key, kind, words in (("use_rslora", bool, "true or false"), ("base_model_name_or_path", str, "a path")):
+        if not isinstance(given.get(key), kind | None):
+            raise AdapterError(f"{path}: {key} = {given[key]!r}; it must be {words}.")
     return given
+
+
+def _is_strength(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def find_base(directory: Path, settings: dict[str, Any]) -> Path:
@@ -98,6 +111,11 @@ def add_to(model: Decoder, directory: Path, settings: dict[str, Any], name: str 
     there = linears(model)
     if not pairs:
         raise AdapterError(f"{path} holds no tensors; an adapter that matches no layer changes nothing.")
+    alphas = settings.get("alpha_pattern") or {}
+    for key in alphas:
+        if not any(_fits(key, target) for target in pairs):
+            # peft also takes regular expressions; here a stranger's file gets none to run.
+            raise AdapterError(f"{directory / CONFIG}: alpha_pattern names {key!r}, which is no matrix of the adapter.")
     for target, factors in pairs.items():
         linear = there.get(target)
         if linear is None:
@@ -107,27 +125,25 @@ def add_to(model: Decoder, directory: Path, settings: dict[str, Any], name: str 
         lora_A, lora_B = factors.get("lora_A"), factors.get("lora_B")
         if lora_A is None or lora_B is None:
             raise AdapterError(f"{path}: {target} has only one of lora_A and lora_B.")
-        rank = lora_A.shape[0]
-        if lora_A.shape != (rank, linear.in_features) or lora_B.shape != (linear.out_features, rank):
+        rank = lora_A.shape[0] if lora_A.dim() == 2 else 0
+        if rank == 0 or lora_A.shape[1] != linear.in_features or lora_B.shape != (linear.out_features, rank):
             raise AdapterError(
                 f"{path}: factors {tuple(lora_B.shape)} x {tuple(lora_A.shape)} do not fit {target} of shape "
                 f"({linear.out_features}, {linear.in_features}); the adapter belongs to another model."
             )
-        if not bool(torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+        floats = lora_A.is_floating_point() and lora_B.is_floating_point()
+        if not floats or not bool(torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
             raise AdapterError(f"{path}: {target} holds values that are not finite numbers; the file is damaged.")
-        alpha = _pattern_value(settings.get("alpha_pattern"), target, settings.get("lora_alpha", 8))
+        alpha = next((a for key, a in alphas.items() if _fits(key, target)), settings.get("lora_alpha", 8))
         scaling = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
         delta = LowRank(linear.in_features, linear.out_features, rank, scaling, settings.get("lora_dropout") or 0.0)
         delta.lora_A, delta.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         linear.deltas[name] = delta.to(model.device).eval()
 
 
-def _pattern_value(patterns: dict[str, float] | None, target: str, default: float) -> float:
-    """peft's alpha_pattern: the value of the key that the module path ends in, else the default."""
-    for key, value in (patterns or {}).items():
-        if target == key or target.endswith(f".{key}"):
-            return value
-    return default
+def _fits(key: str, target: str) -> bool:
+    """Whether a key of peft's alpha_pattern means the matrix: its module path, or what that ends in."""
+    return target == key or target.endswith(f".{key}")
 
 
 def write(model: Decoder, directory: Path, base: Path | None) -> None:

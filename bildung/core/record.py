@@ -63,7 +63,7 @@ def read_record(directory: Path) -> Record | None:
     remedy = "Restore it, or delete the directory and make it anew."
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:  # ValueError: not JSON, not UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8
         raise RecordError(f"{path} cannot be read: {error}. {remedy}") from None
     if not isinstance(content, dict):
         raise RecordError(f"{path} holds a {type(content).__name__}, not a record. {remedy}")

@@ -23,7 +23,7 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
     if index.exists():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ModelFileError(f"{index} is not a safetensors index: {error!r}.") from error
         if not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
             raise ModelFileError(f"{index} names files outside its directory; plain file names are expected.")

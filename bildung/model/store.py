@@ -122,7 +122,9 @@ def _load_stores(model: Decoder, tensors: dict[str, Tensor], dtype: str | None) 
     if method is None:
         return
     kind = quantized.METHODS[method]
-    stored = model.config.raw.get("dtype") or model.config.raw.get("torch_dtype") or "bfloat16"
+    stored = dtype or model.config.raw.get("dtype") or model.config.raw.get("torch_dtype") or "bfloat16"
+    if not isinstance(stored, str) or stored not in DTYPES:
+        raise ConfigError(f"config.json: dtype = {stored!r} is not known; allowed: {', '.join(DTYPES)}.")
     for name, linear in model.linears().items():
         marker = "weight_packed" if method == "int8" else "weight.absmax"
         if f"{name}.{marker}" not in tensors:
@@ -130,7 +132,7 @@ def _load_stores(model: Decoder, tensors: dict[str, Tensor], dtype: str | None) 
         prefix = f"{name}.weight"
         parts = {k.removeprefix(f"{name}."): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
         shape = (linear.out_features, linear.in_features)
-        linear.base = kind.from_tensors(parts, shape, DTYPES[dtype or stored])
+        linear.base = kind.from_tensors(parts, shape, DTYPES[stored])
 
 
 def save(lm: LanguageModel, path: str | Path) -> Path:

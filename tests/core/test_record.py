@@ -48,6 +48,7 @@ def test_no_record_is_none(tmp_path):
     [
         (b"{", "cannot be read"),
         (b'{"operation": "\xff"}', "cannot be read"),
+        (b"[" * 100_000, "cannot be read"),
         (b"[]", "holds a list"),
         (b'{"settings": {}}', "'operation' is missing"),
         (b'{"operation": "x", "settings": {}, "secnods": 3}', "did you mean 'seconds'"),

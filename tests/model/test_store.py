@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import bildung
-from bildung.core.errors import ModelFileError, OutputError, SettingsError, TokenizerError
+from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, TokenizerError
 from bildung.core.record import Record, describe_files, write_record
 from bildung.model import store
 from bildung.model.linear import replace_stores
@@ -91,6 +91,17 @@ def test_quantized_directories_come_back_bit_equal(kind: type[Int8] | type[Nf4],
     assert (tmp_path / "twice/model.safetensors").read_bytes() == (tmp_path / "out/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("dtype", ["float99", ["float32"]])
+def test_a_quantized_directory_of_an_unknown_dtype_is_refused(dtype: object, tmp_path: Path) -> None:
+    lm = tiny_lm()
+    replace_stores(lm.model, "all", lambda linear: Int8.quantize(linear.base.dense()))
+    bildung.save(lm, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "out/config.json").write_text(json.dumps({**config, "dtype": dtype}))
+    with pytest.raises(ConfigError, match="allowed: float32, bfloat16, float16"):
+        bildung.load(tmp_path / "out")
+
+
 def test_mixed_stores_are_refused(tmp_path: Path) -> None:
     lm = tiny_lm()
     replace_stores(lm.model, "q_proj", lambda linear: Int8.quantize(linear.base.dense()))
@@ -136,6 +147,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index broken": (
         lambda d: (d / "model.safetensors.index.json").write_text('{"weights": 3}'),
+        "not a safetensors index",
+    ),
+    "index too deep": (
+        lambda d: (d / "model.safetensors.index.json").write_text("[" * 100_000),
         "not a safetensors index",
     ),
 }

@@ -85,6 +85,7 @@ def tune(
 ) -> Record:
     """`perform` with the cards around `work`, which trains and writes into job.out."""
     source = Path(source)
+    check_ranges(given)
     if given.steps is not None and given.epochs is not None:
         raise SettingsError(f"steps = {given.steps} and epochs = {given.epochs} were given; give one of them.")
     if given.evaluate_every and not given.held_out:
@@ -100,6 +101,25 @@ def tune(
     return perform(
         operation, source, out, given, whole, data=fingerprint(given.data), companions=base_of(source), force=force
     )
+
+
+def check_ranges(given: Tuning) -> None:
+    """Raises SettingsError for a number out of range, before any model is loaded.
+
+    A clip of 0 would learn nothing, a negative one climb the loss, and neither would say so.
+    """
+    for names, fits, allowed in (
+        ("steps batch_size micro_steps patience", lambda number: number >= 1, "at least 1"),
+        ("epochs learning_rate clip", lambda number: 0 < number < math.inf, "above 0 and finite"),
+        ("weight_decay", lambda number: 0 <= number < math.inf, "at least 0 and finite"),
+        ("held_out evaluate_every checkpoint_every", lambda number: number >= 0, "at least 0"),
+        ("warmup", lambda number: 0 <= number <= 1, "between 0 and 1, a share of the steps"),
+        ("seed", lambda number: -(2**63) <= number < 2**63, "a number of at most 64 bits"),
+    ):
+        for name in names.split():
+            value = getattr(given, name)
+            if value is not None and not fits(value):
+                raise SettingsError(f"{name} = {value} was given; it must be {allowed}.")
 
 
 def base_of(source: Path) -> dict[str, Path]:

@@ -60,7 +60,9 @@ def lora(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
 
 
 def check(settings: Settings) -> None:
-    """Raises SettingsError for a rank or dropout out of range."""
+    """Raises SettingsError for a rank, dropout or alpha out of range; with alpha 0 the update would stay off."""
+    if not (math.isfinite(settings.alpha) and settings.alpha > 0):
+        raise SettingsError(f"alpha = {settings.alpha} was given; it must be above 0 and finite.")
     if settings.rank < 1 or not 0 <= settings.dropout < 1:
         raise SettingsError(
             f"rank = {settings.rank} and dropout = {settings.dropout} were given; "

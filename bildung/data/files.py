@@ -169,7 +169,7 @@ def read_parquet(path: Path, drop: Drop) -> Iterator[tuple[str, Row]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from _arrow_rows(path, file.iter_batches(batch_size=1000), drop)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:  # OSError: a damaged page
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
 
 
@@ -188,7 +188,7 @@ def read_arrow(path: Path, drop: Drop) -> Iterator[tuple[str, Row]]:
                 memory.seek(0)
             with pyarrow.ipc.open_stream(memory) as stream:
                 yield from _arrow_rows(path, iter(stream), drop)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path}: not a readable Arrow file ({error})") from error
 
 

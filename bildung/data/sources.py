@@ -78,6 +78,8 @@ def files_of(source: str, split: str | None = None) -> list[Path]:
         import bildung.data.nursery as nursery  # the manifest is only read when it is needed
 
         return _pick_split(source, _splits_of(nursery.rows_directory(name)), split)
+    if not source.strip():  # Path("") would be the working directory
+        raise DataError(_unknown(source))
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix not in READERS:

@@ -132,6 +132,19 @@ def test_a_file_that_is_not_what_it_says(tmp_path, name, data, message):
         list(rows(write(tmp_path / name, data)))
 
 
+def test_a_parquet_file_with_a_damaged_page(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"] * 50}), path, use_dictionary=False)
+    content = bytearray(path.read_bytes())
+    content[4:40] = b"\xff" * 36
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="not a readable Parquet"):
+        list(rows(str(path)))
+
+
 def test_csv_rows_of_the_wrong_shape(tmp_path):
     data = rows(write(tmp_path / "t.csv", b'text,label\nfine,1\nshort\nlong,1,2\nb\xffd,0\n,\n"two\nlines",0\n'))
     assert list(data) == [{"text": "fine", "label": "1"}, {"text": "two\nlines", "label": "0"}]

@@ -59,6 +59,7 @@ def test_test_data_is_never_read_by_accident(tmp_path):
         ("nurserie:imdb", "did you mean 'nursery:imdb'"),
         ("no/such/file.jsonl", "no data called 'no/such/file.jsonl'.*hub:owner/name"),
         ("hub:", "hub:owner/name"),
+        ("", "no data called ''"),
     ],
 )
 def test_unknown_names(source, message, monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import inspect
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,11 +117,11 @@ class _Call:
 
 def _prepare(step: Step) -> _Call:
     module = step.verb.load()
+    function = getattr(module, step.verb.module.rpartition(".")[2])
+    if step.source is None and "None" not in str(inspect.signature(function).parameters["source"].annotation):
+        raise RecipeError(f"step {step.name!r} ({step.verb.name}): `from` is missing, and no step stands before it")
     try:
-        return _Call(
-            getattr(module, step.verb.module.rpartition(".")[2]),
-            resolve(module.Settings, step.settings(module.Settings)),
-        )
+        return _Call(function, resolve(module.Settings, step.settings(module.Settings)))
     except SettingsError as error:
         raise SettingsError(f"step {step.name!r} ({step.verb.name}): {error}") from None
 

@@ -36,6 +36,7 @@ from bildung.core.verbs import Verb, find, verbs
 
 RECIPE_KEYS = ("name", "out", "seed", "card", "life")
 STEP_KEYS = ("as", "do", "from", "with")
+MAX_VALUES = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,11 +197,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _check_size(content: Any, path: Path) -> None:
+    """A few YAML aliases of aliases stand for billions of values, and one that holds itself for endlessly many."""
+    left, values = MAX_VALUES, [content]
+    while values:
+        value = values.pop()
+        left -= 1
+        if left < 0:
+            raise RecipeError(f"{path} holds more than {MAX_VALUES} values, counting what its aliases stand for")
+        values += value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+
+
 def _parse(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())}") from None
+    _check_size(content, path)
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must be a mapping with the keys {', '.join(RECIPE_KEYS)}, got {content!r:.80}")
     return content

@@ -127,7 +127,7 @@ def read_task_file(path: Path) -> TaskFile:
             f"{path}: {error.problem} ({error.problem_mark}). A task file is data: `!function` and other tags, which "
             "would run Python code, are refused; write the field as a jinja2 template"
         ) from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read as YAML: {error}") from None
     choices = content.get("doc_to_choice") if isinstance(content, dict) else None
     if isinstance(choices, list) and any(isinstance(choice, bool) for choice in choices):

@@ -177,6 +177,13 @@ def test_a_misspelt_setting_of_a_late_step_is_found_before_the_first_runs(recipe
     assert not Path("life").exists()
 
 
+def test_a_first_step_that_needs_a_source_says_so(recipe):
+    recipe.write_text("{out: life, life: [{as: first, do: toy page}]}")
+    with pytest.raises(RecipeError, match=r"step 'first' \(toy page\): `from` is missing"):
+        live(read_recipe(recipe))
+    assert not Path("life").exists()
+
+
 def test_what_others_put_in_the_place_of_a_step_is_left_alone(recipe):
     Path("life/tall").mkdir(parents=True)
     Path("life/tall/thesis.tex").write_text("years of work")

@@ -126,6 +126,14 @@ STEP = "{as: a, do: adopt, from: 'pypi:x'}"
             "in a circle: (a needs c needs b needs a|c needs b needs a needs c|b needs a needs c needs b)",
         ),
         ("{out: o, life: [{as: a, do: adopt, from: a}]}", "in a circle: a needs a"),
+        ("[" * 20_000, "cannot be read as a recipe"),
+        ("{out: o, life: [{as: a, do: adopt, with: &w {x: *w}}]}", "more than 100000 values"),
+        (
+            "{out: o, card: [&a [x, x, x, x, x, x, x, x], &b [*a, *a, *a, *a, *a, *a, *a, *a], "
+            "&c [*b, *b, *b, *b, *b, *b, *b, *b], &d [*c, *c, *c, *c, *c, *c, *c, *c], "
+            "&e [*d, *d, *d, *d, *d, *d, *d, *d], [*e, *e, *e, *e, *e, *e, *e, *e]], life: []}",
+            "counting what its aliases stand for",
+        ),
     ],
 )
 def test_each_mistake_is_named(text, words):

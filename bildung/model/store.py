@@ -21,6 +21,7 @@ from bildung.model import adapter_file, attachments, quantized
 from bildung.model.config import ModelConfig, from_dict, read_config
 from bildung.model.gguf_file import hf_config, hf_state_dict, read_gguf
 from bildung.model.linear import Dense, Linear
+from bildung.model.nf4 import QUANT_STATE
 from bildung.model.positions import RotaryEmbedding
 from bildung.model.safetensors_file import read_tensors, write_tensors
 from bildung.model.transformer import Decoder
@@ -42,13 +43,14 @@ class LanguageModel:
     base: Path | None = None
 
 
-def load(path: str | Path, dtype: str | None = None) -> LanguageModel:
+def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageModel:
     """A model from a Hugging Face directory, a PEFT adapter directory (with its base), or a .gguf file.
 
     dtype: float32, bfloat16 or float16 for the unquantized weights; default: as stored. Raises ModelFileError and its
     kinds, naming the file and what is wrong with it; TokenizerError when the tokenizer does not fit the model.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if dtype is not None and dtype not in DTYPES:
         raise SettingsError(f"dtype {dtype!r} is not known; allowed: {', '.join(DTYPES)}. {nearest(dtype, DTYPES)}")
     if path.suffix == ".gguf":
@@ -141,7 +143,7 @@ def save(lm: LanguageModel, path: str | Path) -> Path:
     Written beside `path` and renamed when whole. Raises OutputError when `path` already holds something or cannot be
     written.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise OutputError(f"{path} already holds something; give a new place.")
     partial = path.with_name(path.name + ".partial")
@@ -164,6 +166,7 @@ def write_model(lm: LanguageModel, directory: Path) -> None:
     """Write a model's files into `directory`: an adapter when it carries deltas, else all of its weights."""
     lm.tokenizer.save(directory)
     if any(linear.deltas for linear in lm.model.linears().values()):
+        _check_base(lm)
         adapter_file.write(lm.model, directory, base=lm.base)
         return
     if not lm.config.raw:
@@ -180,6 +183,21 @@ def write_model(lm: LanguageModel, directory: Path) -> None:
         shutil.copyfile(generation, directory / "generation_config.json")
     write_tensors(state_tensors(lm.model), directory)
     attachments.write(lm.model, directory)
+
+
+def _check_base(lm: LanguageModel) -> None:
+    """An adapter keeps the deltas alone. Raises OutputError when the rest is not what lies in the base's directory."""
+    if lm.base is None or not (lm.base / "config.json").exists():
+        return
+    own = state_tensors(lm.model)
+    for name, stored in read_tensors(lm.base):
+        if name.endswith((QUANT_STATE, "rotary_emb.inv_freq")) or (name == "lm_head.weight" and name not in own):
+            continue
+        if name not in own or not torch.equal(stored.to(own[name].dtype), own[name]):
+            raise OutputError(
+                f"{name} is no longer what {lm.base} holds, and an adapter on that base would leave the change out. "
+                f"Save the changed model without its deltas, load it, and add them there."
+            )
 
 
 def _quantization(model: Decoder, dtype: str) -> dict[str, object] | None:

@@ -75,6 +75,7 @@ def test_dtype_is_as_stored_unless_asked(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
     assert bildung.load(tmp_path / "out").model(tokens()).dtype == torch.bfloat16
     assert bildung.load(tmp_path / "out", "float32").model(tokens()).dtype == torch.float32
+    assert bildung.load(tmp_path / "out", torch.float32).model(tokens()).dtype == torch.float32
     with pytest.raises(SettingsError, match="did you mean 'float32'"):
         bildung.load(tmp_path / "out", "float3")
 
@@ -218,3 +219,37 @@ def test_a_model_with_deltas_needs_a_base_on_disk(tmp_path: Path) -> None:
     with_lora(lm.model)
     with pytest.raises(OutputError, match="save the base model first"):
         bildung.save(lm, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [None, Int8, Nf4])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_an_adapter_is_written_over_an_untouched_base(
+    kind: type[Int8] | type[Nf4] | None, dtype: str | None, tmp_path: Path
+) -> None:
+    lm = tiny_lm(tie_word_embeddings=True)
+    if kind is not None:
+        replace_stores(lm.model, "all", lambda linear: kind.quantize(linear.base.dense()))
+    lm = bildung.load(bildung.save(lm, tmp_path / "base"), dtype)
+    with_lora(lm.model)
+    bildung.save(lm, tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(bildung.load(tmp_path / "out", dtype).model(tokens()), lm.model(tokens()))
+
+
+@pytest.mark.parametrize("change", ["value", "store"])
+def test_an_adapter_does_not_silently_leave_out_what_changed_in_its_base(change: str, tmp_path: Path) -> None:
+    lm = bildung.load(bildung.save(tiny_lm(), tmp_path / "base"))
+    with_lora(lm.model)
+    if change == "value":
+        lm.model.model.norm.weight.data[0] += 1
+    else:
+        replace_stores(lm.model, "v_proj", lambda linear: Int8.quantize(linear.base.dense()))
+    with pytest.raises(OutputError, match="an adapter on that base would leave the change out"):
+        bildung.save(lm, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    bildung.save(tiny_lm(), "~/out")
+    assert bildung.load("~/out").path == tmp_path / "out"

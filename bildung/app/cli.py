@@ -21,6 +21,8 @@ exit code 2; Ctrl-C says what is kept, exit code 130.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import io
 import os
 import shlex
 import sys
@@ -43,9 +45,12 @@ HELP = ("-h", "--help")
 def main(argv: list[str] | None = None) -> NoReturn:
     """Runs one command line and exits: 0 done, 2 a mistake that the user can mend, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?", and nothing is lost over it
     try:
         run(argv)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BildungError as error:
         say(str(error), "red")
         sys.exit(2)
@@ -53,8 +58,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
         kept = str(stop) or "Nothing is lost that was finished."
         say(f"\ninterrupted. {kept} To go on: {shlex.join(['bildung', *argv])}", "yellow")
         sys.exit(130)
-    except BrokenPipeError:  # `bildung log DIR | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again while it exits
+        if error.errno == errno.ENOSPC:
+            say(f"the disk is full{f': {error.filename}' if error.filename else ''}; make room and run it again", "red")
+            sys.exit(2)
+        # otherwise `bildung log DIR | head` has seen enough
     sys.exit(0)
 
 
@@ -84,6 +95,7 @@ def run_verb(verb: Verb, argv: list[str]) -> None:
     if verb.is_command:
         return module.command(parse(module.Command, verb, argv))
     given = parse(_operation_arguments(module), verb, argv)
+    given.out = given.out.expanduser()  # "~" in quotes or after "=" is left to us by the shell
     previous = _record_or_none(given.out)
     function = getattr(module, verb.module.rpartition(".")[2])
     try:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
+
 import pytest
 
 from bildung.app import cli
@@ -109,3 +113,25 @@ def test_only_modules_of_the_right_shape_are_verbs(toys):
 def test_run_raises_for_python(toys):
     with pytest.raises(SettingsError, match="did you mean 'toy page'"):
         cli.run(["toy", "paeg"])
+
+
+def test_a_tilde_in_quotes_is_the_home_directory(bildung, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert bildung("toy grow pypi:x ~/base")[0] == 0
+    assert (tmp_path / "base" / "record.json").exists()
+
+
+def test_a_terminal_without_unicode_loses_a_letter_not_the_output(toys, monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr(cli, "run", lambda argv: print("né", flush=True))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["log"])
+    assert not stop.value.code and screen.buffer.getvalue() == b"n?\n"
+
+
+def test_a_full_disk_behind_the_output_is_one_message():
+    command = [sys.executable, "-m", "bildung", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("the disk is full") and "Traceback" not in done.stderr

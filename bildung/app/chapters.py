@@ -53,10 +53,10 @@ def find_directories(places: Iterable[Path], leave_out: Iterable[Path] = ()) -> 
     skipped, found = {path.resolve() for path in leave_out}, {}
     places = list(places)
     for place in places:
-        whole = [place] if (place / "record.json").is_file() else sorted(place.glob("*/record.json"))
+        whole = [place] if (place / "record.json").is_file() else sorted(place.glob("[!.]*/record.json"))
         for path in whole:
             directory = path.parent if path.name == "record.json" else path
-            if directory.resolve() not in skipped and not directory.name.endswith((".partial", ".old")):
+            if directory.resolve() not in skipped and not directory.name.endswith(".partial"):
                 found[directory.resolve()] = directory
     if not found:
         raise RecordError(

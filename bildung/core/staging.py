@@ -59,14 +59,14 @@ def publish(staging: Path, out: Path) -> None:
     for path in staging.iterdir():
         if path.name.startswith(".") and path.name != INPUTS:
             _remove(path)
-    old = out.with_name(out.name + ".old")
+    old = out.with_name(f".{out.name}.replaced")  # hidden: a plain ".old" may be somebody's backup
     if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         out.rename(old)
     # A kill between the two renames leaves no `out`, but a complete place of work: the next run finds it and publishes.
     staging.rename(out)
     (out / INPUTS).unlink(missing_ok=True)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     to_disk(out.parent)
 
 
@@ -123,7 +123,7 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -207,6 +207,23 @@ def test_a_failed_replacement_keeps_the_old_result(tmp_path):
     assert os.listdir(tmp_path) == ["out"]  # nothing had been made: nothing is kept
 
 
+def test_a_replacement_touches_nothing_beside_it(tmp_path):
+    made(tmp_path / "out")
+    (tmp_path / "out.old").mkdir()
+    (tmp_path / "out.old" / "backup").write_text("mine")
+    made(tmp_path / "out", toy=Toy(size=5), force=True)
+    assert sorted(os.listdir(tmp_path)) == ["out", "out.old"]
+    assert os.listdir(tmp_path / "out.old") == ["backup"]
+
+
+def test_a_link_is_replaced_and_what_it_pointed_to_kept(tmp_path):
+    made(tmp_path / "elsewhere")
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    made(tmp_path / "out", toy=Toy(size=5), force=True)
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "out"] and not (tmp_path / "out").is_symlink()
+    assert (tmp_path / "elsewhere" / "weights.bin").read_bytes() == b"www"
+
+
 def test_two_writers(tmp_path):
     def second(job: Job) -> None:
         with pytest.raises(OutputError, match="another process is writing"):
@@ -221,7 +238,7 @@ def test_a_kill_between_the_last_two_renames_is_mended(tmp_path):
     made(tmp_path / "out")
     made(tmp_path / "new", toy=Toy(size=9))
     (tmp_path / "new").rename(staging_of(tmp_path / "out"))
-    (tmp_path / "out").rename(tmp_path / "out.old")
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")
     (staging_of(tmp_path / "out") / INPUTS).write_text(
         '{"operation": "toy grow", "settings": {"size": 9, "seed": 7}, "source": null, "companions": {}, "data": {}}'
     )

@@ -68,9 +68,35 @@ def read_record(directory: Path) -> Record | None:
     if not isinstance(content, dict):
         raise RecordError(f"{path} holds a {type(content).__name__}, not a record. {remedy}")
     try:
-        return Record(**content)
+        record = Record(**content)
+        # Those of older versions lack some fields; all of a record's get their defaults here.
+        record.ancestors = [as_ancestor(Record(**ancestor)) for ancestor in record.ancestors]
     except ValidationError as error:
         raise RecordError(f"{path} is not a record: {explain(error, Record)}. {remedy}") from None
+    if wrong := next(filter(None, map(_wrong, [dataclasses.asdict(record), *record.ancestors])), ""):
+        raise RecordError(f"{path} is not a record: {wrong}. {remedy}")
+    return record
+
+
+def _wrong(record: Mapping[str, Any]) -> str:
+    """What is amiss inside the dictionaries of a record, "" when nothing is."""
+    for name, place in {
+        **record["companions"],
+        **({"source": record["source"]} if record["source"] is not None else {}),
+    }.items():
+        if not {"path", "hash"} <= place.keys():
+            return f"{name} has no path and hash, only {place}"
+    for name, file in record.get("files", {}).items():
+        if not isinstance(file.get("bytes"), int) or not isinstance(file.get("sha256"), str):
+            return f"the file {name} has no bytes and sha256, only {file}"
+    for side in ("before", "after"):
+        tasks = record[side].get("tasks", {})
+        if not isinstance(tasks, dict) or not all(isinstance(task, dict) for task in tasks.values()):
+            return f"the tasks of its card {side!r} are not a mapping of mappings"
+        for name, task in tasks.items():
+            if not isinstance(task.get("value"), int | float | None):
+                return f"the value of {name} in its card {side!r} is {task['value']!r}, no number"
+    return ""
 
 
 def write_record(directory: Path, record: Record) -> None:

@@ -53,6 +53,17 @@ def test_no_record_is_none(tmp_path):
         (b'{"settings": {}}', "'operation' is missing"),
         (b'{"operation": "x", "settings": {}, "secnods": 3}', "did you mean 'seconds'"),
         (b'{"operation": "x", "settings": {}, "seconds": "long"}', "setting 'seconds'"),
+        (b'{"operation": "x", "settings": {}, "source": {"path": "a"}}', "source has no path and hash"),
+        (b'{"operation": "x", "settings": {}, "companions": {"base": {}}}', "base has no path and hash"),
+        (b'{"operation": "x", "settings": {}, "files": {"a": {"bytes": "1"}}}', "the file a has no bytes"),
+        (b'{"operation": "x", "settings": {}, "after": {"tasks": 5}}', "not a mapping of mappings"),
+        (b'{"operation": "x", "settings": {}, "after": {"tasks": {"t": 5}}}', "not a mapping of mappings"),
+        (b'{"operation": "x", "settings": {}, "before": {"tasks": {"t": {"value": "x"}}}}', "'x', no number"),
+        (b'{"operation": "x", "settings": {}, "ancestors": [{}]}', "'operation' is missing"),
+        (
+            b'{"operation": "x", "settings": {}, "ancestors": [{"operation": "y", "settings": {}, "source": {}}]}',
+            "source has no path and hash",
+        ),
     ],
 )
 def test_a_broken_record_is_refused(tmp_path, content, words):

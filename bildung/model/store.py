@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, nearest
-from bildung.core.record import Record, damage, read_record
+from bildung.core.record import Record, damage, hash_directory, read_record
 from bildung.model import adapter_file, attachments, quantized
 from bildung.model.config import ModelConfig, from_dict, read_config
 from bildung.model.gguf_file import hf_config, hf_state_dict, read_gguf
@@ -62,7 +63,9 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageMo
         raise ModelFileError(f"{path}: {harm} since its record was written; make it again, or delete its record.json.")
     if (path / adapter_file.CONFIG).exists():
         settings = adapter_file.read_config(path)
-        lm = load(adapter_file.find_base(path, settings), dtype)
+        base = adapter_file.find_base(path, settings)
+        _warn_of_another_base(path, record, base)
+        lm = load(base, dtype)
         adapter_file.add_to(lm.model, path, settings)
         return replace(lm, record=record, path=path)
     config = read_config(path)
@@ -71,6 +74,17 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageMo
     model = assemble(config, dict(read_tensors(path)), dtype)
     attachments.read(model, path)
     return LanguageModel(model, tokenizer, config, record, path, base=path)
+
+
+def _warn_of_another_base(path: Path, record: Record | None, base: Path) -> None:
+    """A base that changed under its adapter still fits by its shapes; only its hash tells."""
+    trained_on = record and (record.companions.get("base") or record.source)
+    if trained_on and trained_on["hash"] != hash_directory(base):
+        warnings.warn(
+            f"{base} is not what the adapter {path} was trained on: its files have changed since. If its weights have, "
+            f"make the adapter again.",
+            stacklevel=3,
+        )
 
 
 def _load_gguf(path: Path, dtype: str | None) -> LanguageModel:
@@ -146,7 +160,7 @@ def save(lm: LanguageModel, path: str | Path) -> Path:
     path = Path(path).expanduser()
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise OutputError(f"{path} already holds something; give a new place.")
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f".{path.name}.saving")  # not ".partial", where an operation keeps its checkpoints
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

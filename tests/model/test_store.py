@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import bildung
 from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, TokenizerError
-from bildung.core.record import Record, describe_files, write_record
+from bildung.core.record import Record, describe_files, hash_directory, write_record
 from bildung.model import store
 from bildung.model.linear import replace_stores
 from bildung.model.quantized import Int8, Nf4
@@ -247,6 +247,27 @@ def test_an_adapter_does_not_silently_leave_out_what_changed_in_its_base(change:
     with pytest.raises(OutputError, match="an adapter on that base would leave the change out"):
         bildung.save(lm, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_saving_touches_nothing_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/.checkpoint-00000010").write_text("of a run that was killed")
+    bildung.save(tiny_lm(), tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.partial"]
+    assert (tmp_path / "out.partial/.checkpoint-00000010").exists()
+
+
+def test_an_adapter_whose_base_became_another_model_says_so(tmp_path: Path) -> None:
+    base = bildung.save(tiny_lm(), tmp_path / "base")
+    lm = bildung.load(base)
+    with_lora(lm.model)
+    out = bildung.save(lm, tmp_path / "out")
+    source = {"path": "../base", "hash": hash_directory(base)}
+    write_record(out, Record(operation="test", settings={}, source=source, files=describe_files(out)))
+    bildung.load(out)
+    edit_tensors(base, lambda t: t[NORM].mul_(2))
+    with pytest.warns(UserWarning, match="is not what the adapter .*out was trained on"):
+        bildung.load(out)
 
 
 def test_a_tilde_is_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bildung.core.errors import AdapterError, OutputError, nearest
 from bildung.model.linear import LowRank, linears
-from bildung.model.safetensors_file import read_file
+from bildung.model.safetensors_file import read_file, write_file
 from bildung.model.transformer import Decoder
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -190,7 +189,7 @@ def write(model: Decoder, directory: Path, base: Path | None) -> None:
         "inference_mode": True,
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, directory / TENSORS, metadata={"format": "pt"})
+    write_file(tensors, directory / TENSORS)
 
 
 def _shortest_names(chosen: list[str], all_names: list[str]) -> list[str]:

@@ -8,10 +8,8 @@ import json
 from importlib import import_module
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from bildung.core.errors import ModelFileError, OutputError
-from bildung.model.safetensors_file import read_file
+from bildung.model.safetensors_file import read_file, write_file
 from bildung.model.taps import Attachment, attach
 from bildung.model.transformer import Decoder
 
@@ -33,7 +31,7 @@ def write(model: Decoder, directory: Path) -> None:
         described[key.replace("/", ".")] = {"class": f"{kind.__module__}.{kind.__name__}", "settings": module.settings}
     (directory / SETTINGS).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.attached.state_dict().items()}
-    save_file(tensors, directory / TENSORS)
+    write_file(tensors, directory / TENSORS)
 
 
 def read(model: Decoder, directory: Path) -> None:

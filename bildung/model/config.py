@@ -22,7 +22,8 @@ MODEL_TYPES = tuple(sorted(p.stem for p in (Path(__file__).parent / "families").
 INERT_KEYS = frozenset(
     "architectures dtype torch_dtype transformers_version use_cache _name_or_path return_dict output_hidden_states "
     "output_attentions chunk_size_feed_forward id2label label2id problem_type is_llama_config transformers.js_config "
-    "task_specific_params unsloth_version unsloth_fixed _attn_implementation_autoset".split()
+    "task_specific_params _model_name_or_path unk_token_id "
+    "unsloth_version unsloth_fixed _attn_implementation_autoset".split()
 )
 
 SIZES = (

@@ -43,13 +43,14 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, rope: Rope, head_dim: int):
         super().__init__()
-        # Not in the state dict: it follows from config.json.
-        self.register_buffer("frequencies", rope_frequencies(rope, head_dim), persistent=False)
+        # No buffer: it follows from config.json, and model.to(bfloat16) must not round it.
+        self.frequencies = rope_frequencies(rope, head_dim)
 
     def forward(self, positions_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos, sin of shape (B, L, 1, H); angles are computed in float32 (bfloat16 cannot count beyond 256)."""
-        frequencies: Tensor = self.frequencies  # type: ignore[assignment]
-        angles_BLh = positions_BL[..., None].float() * frequencies.float()
+        if self.frequencies.device != positions_BL.device:
+            self.frequencies = self.frequencies.to(positions_BL.device)
+        angles_BLh = positions_BL[..., None].float() * self.frequencies
         angles_BLNH = torch.cat((angles_BLh, angles_BLh), dim=-1).unsqueeze(-2)
         return angles_BLNH.cos().to(dtype), angles_BLNH.sin().to(dtype)
 

@@ -54,12 +54,18 @@ def write_tensors(tensors: dict[str, Tensor], directory: Path, max_shard_bytes: 
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
-        save_file(tensors, directory / NAME, metadata={"format": "pt"})
+        write_file(tensors, directory / NAME)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / name, metadata={"format": "pt"})
+        write_file(shard, directory / name)
         weight_map.update(dict.fromkeys(shard, name))
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_file(tensors: dict[str, Tensor], file: Path) -> None:
+    """Write one safetensors file, readable for everybody: the library makes it for its owner alone."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)

@@ -38,6 +38,7 @@ def test_saved_directories_load_here_and_in_transformers_with_equal_logits(shape
     lm = tiny_lm(**SHAPES[shape])
     bildung.save(lm, tmp_path / "out")
     again = bildung.load(tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").stat().st_mode & 0o044  # others may read it
     logits = lm.model(tokens())
     assert torch.equal(again.model(tokens()), logits)
     assert again.tokenizer.encode("Grüße") == lm.tokenizer.encode("Grüße")

@@ -124,3 +124,11 @@ def test_build_is_reproducible_and_initialised_as_stated() -> None:
 def test_wrong_token_shapes_are_refused(bad: torch.Tensor) -> None:
     with pytest.raises(DataError, match="shape"):
         tiny_decoder()(bad)
+
+
+def test_rounding_the_weights_does_not_round_the_positions() -> None:
+    """bfloat16 cannot hold RoPE's frequencies: at position 100 the angles would be off by tenths."""
+    model = tiny_decoder()
+    exact = model.model.rotary(torch.tensor([[100]]), torch.float32)
+    rounded = model.to(torch.bfloat16).model.rotary(torch.tensor([[100]]), torch.float32)
+    assert torch.equal(exact[0], rounded[0]) and torch.equal(exact[1], rounded[1])

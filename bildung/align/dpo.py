@@ -166,6 +166,8 @@ def train(job: Job, lm: LanguageModel, given: Settings, reference: Reference) ->
     print(
         f"{job.operation}: {len(pairs)} pairs, {num_targets(pairs.examples)} answer tokens; {trainable:,} trainable "
         f"parameters; {steps} steps of {given.batch_size * given.micro_steps} pairs",
+        *notes,  # what was dropped or cut, and why
+        sep="\n  ",
         file=sys.stderr,
     )
     if given.precompute:

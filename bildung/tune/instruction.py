@@ -140,6 +140,8 @@ def train(job: Job, lm: LanguageModel, given: Tuning) -> None:
         f"{job.operation}: {data.examples} conversations, {data.tokens} tokens, {data.targets} of them trained; "
         f"{trainable:,} trainable parameters; {steps} steps of "
         f"{given.batch_size * given.micro_steps} rows of at most {given.max_length} tokens",
+        *data.notes,  # what was dropped or cut, and why
+        sep="\n  ",
         file=sys.stderr,
     )
     history = fit(

@@ -99,6 +99,11 @@ def test_the_trained_tokens_are_printed(tiny_lm_directory, given, tmp_path, capf
     assert f"{record.measured['trainable_parameters']:,} trainable parameters" in printed
 
 
+def test_dropped_rows_are_said_aloud_and_recorded(tiny_lm_directory, given, tmp_path, capfd):
+    record = lora(tiny_lm_directory, tmp_path / "out", Settings(**{**given, "max_length": 40}))
+    assert record.notes and all(note in capfd.readouterr().err for note in record.notes[:1])
+
+
 def test_run_again_it_is_up_to_date(tuned, tiny_lm_directory, given):
     out, record = tuned
     before = (out / "adapter_model.safetensors").stat().st_mtime_ns

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from bildung.model.config import ModelConfig
 from bildung.model.kv_cache import KVCache
 from bildung.model.layers import RMSNorm
-from bildung.model.linear import dense_linear
+from bildung.model.linear import dense_linear, project
 from bildung.model.positions import rotate
 from bildung.model.taps import Taps
 
@@ -94,9 +94,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, kv_cache: KVCache | None) -> Tensor:
         B, L, _ = x_BLD.shape
-        q = self.q_proj(x_BLD).view(B, L, -1, self.head_dim)
-        k = self.k_proj(x_BLD).view(B, L, -1, self.head_dim)
-        v = self.v_proj(x_BLD).view(B, L, -1, self.head_dim)
+        projected = project(x_BLD, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (one.view(B, L, -1, self.head_dim) for one in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = self.taps(self.q_site, q), self.taps(self.k_site, k), self.taps(self.v_site, v)

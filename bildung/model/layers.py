@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bildung.model.config import ModelConfig
-from bildung.model.linear import dense_linear
+from bildung.model.linear import dense_linear, project
 from bildung.model.taps import Taps
 
 
@@ -55,5 +55,6 @@ class GatedMLP(nn.Module):
         self.act_site, self.out_site = f"layers.{layer}.mlp.act", f"layers.{layer}.mlp.out"
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        act_BLF = F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD)
+        gate_BLF, up_BLF = project(x_BLD, self.gate_proj, self.up_proj)
+        act_BLF = F.silu(gate_BLF) * up_BLF
         return self.taps(self.out_site, self.down_proj(self.taps(self.act_site, act_BLF)))

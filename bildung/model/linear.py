@@ -10,14 +10,15 @@ renamed or wrapped, a method works on every store, and a store under every metho
 covariances of ROME and the hypernetworks of MEND need.
 """
 
-# B L: any leading dimensions, I input features, O output features, R rank
+# B L: any leading dimensions, I input features, O output features, J outputs of several matrices, R rank
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -79,6 +80,15 @@ def packed_linear(x_BLI: Tensor, packed_OI: Tensor, bias_O: Tensor | None) -> Te
         x_BLI, packed_OI, None if bias_O is None else bias_O.to(x_BLI.dtype), "none", [], ""
     )
     return y_BLO
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Several matrices of one input as one, in oneDNN's layout."""
+
+    packed_JI: Tensor
+    bias_J: Tensor | None
+    sizes: tuple[int, ...]
 
 
 class Delta(nn.Module):
@@ -156,6 +166,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(base.out_features)) if bias else None
         self.deltas = nn.ModuleDict()
         self.recorder: Recorder | None = None
+        self.joint: Joint | None = None  # this matrix and its neighbours as one, while packed.py lends them
 
     @property
     def in_features(self) -> int:
@@ -189,9 +200,26 @@ class Linear(nn.Module):
             weight_OI = weight_OI + delta.weight().to(weight_OI.dtype)
         return weight_OI
 
+    def is_plain(self) -> bool:
+        """Nothing was added to the matrix and nobody listens to it."""
+        return self.recorder is None and not self.deltas
+
     def enabled_deltas(self) -> list[Delta]:
         """The deltas that take part, in the order they were added."""
         return [delta for delta in cast("list[Delta]", list(self.deltas.values())) if delta.enabled]
+
+
+def project(x_BLI: Tensor, *linears: Linear) -> Sequence[Tensor]:
+    """The outputs of several matrices for one input; by one kernel call while a joint copy is lent."""
+    joint = linears[0].joint
+    if (
+        joint is None
+        or joint.packed_JI.dtype != x_BLI.dtype
+        or torch.is_grad_enabled()
+        or not all(linear.is_plain() for linear in linears)
+    ):
+        return [linear(x_BLI) for linear in linears]
+    return packed_linear(x_BLI, joint.packed_JI, joint.bias_J).split(joint.sizes, dim=-1)
 
 
 def dense_linear(in_features: int, out_features: int, *, bias: bool = False, name: str = "") -> Linear:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bildung.model.linear import Linear, LowRank, record_weights
 from bildung.model.packed import packed
 from bildung.model.transformer import Decoder
 from tests.model.tiny import tiny_decoder, tokens
 
 
 def packed_names(model: Decoder) -> list[str]:
-    return [name for name, linear in model.linears().items() if getattr(linear.base, "packed", None) is not None]
+    """Names of the matrices that have a copy of their own or a share in one."""
+    return [
+        name
+        for name, linear in model.linears().items()
+        if linear.joint is not None or getattr(linear.base, "packed", None) is not None
+    ]
+
+
+def add_delta(linear: Linear) -> None:
+    linear.deltas["edit"] = LowRank(linear.in_features, linear.out_features, 2, 1.0)
+    torch.nn.init.normal_(linear.deltas["edit"].lora_B)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,3 +68,42 @@ def test_no_copies_when_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     with packed(model):
         assert not packed_names(model)
+
+
+def test_matrices_with_something_added_stay_apart() -> None:
+    model = tiny_decoder()
+    attention = model.model.layers[0].self_attn
+    add_delta(attention.q_proj)
+    with torch.no_grad():
+        plain = model(tokens())
+        with packed(model):
+            assert attention.q_proj.joint is None and attention.q_proj.base.packed is not None
+            assert model.model.layers[1].self_attn.q_proj.joint is not None
+            torch.testing.assert_close(model(tokens()), plain, atol=1e-4, rtol=0)
+
+
+def test_what_is_added_inside_the_block_counts() -> None:
+    model = tiny_decoder()
+    linear = model.model.layers[0].mlp.up_proj
+    with torch.no_grad(), packed(model):
+        before = model(tokens())
+        add_delta(linear)
+        inside = model(tokens())
+    assert (inside - before).abs().max() > 0.1
+    with torch.no_grad():
+        torch.testing.assert_close(inside, model(tokens()), atol=1e-4, rtol=0)
+
+
+def test_recorders_hear_every_matrix() -> None:
+    heard: list[str] = []
+
+    class Ear:
+        def inputs(self, name: str, x_BLI: torch.Tensor) -> None:
+            heard.append(name)
+
+        def gradients(self, name: str, x_BLI: torch.Tensor, grad_BLO: torch.Tensor) -> None: ...
+
+    model = tiny_decoder()
+    with torch.no_grad(), packed(model), record_weights(model, "all", Ear()):
+        model(tokens())
+    assert sorted(heard) == sorted(name for name in model.linears() if name != "lm_head")

@@ -63,9 +63,9 @@ def tiny_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def tiny_lm_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as a Hugging Face directory. Read only: it is shared by all tests."""
+    from bildung.model.build import build
     from bildung.model.config import from_dict
     from bildung.model.store import LanguageModel
-    from bildung.model.transformer import build
 
     config = from_dict(CONFIG)
     lm = LanguageModel(build(config, seed=3).eval(), tiny_tokenizer(), config)

@@ -141,7 +141,7 @@ def measure(lm: LanguageModel) -> dict[str, Any]:
     return {
         "model_type": lm.config.model_type,
         "parameters": sum(p.numel() for p in parameters) + sum(b.in_features * b.out_features for b in quantized),
-        "dtype": str(lm.model.model.embed_tokens.weight.dtype).removeprefix("torch."),
+        "dtype": str(lm.model.weight_dtype).removeprefix("torch."),
         "weight_bytes": sum(p.nbytes for p in parameters) + sum(b.stored_bytes for b in quantized),
         "layers": lm.config.num_hidden_layers,
         "vocabulary": lm.config.vocab_size,

@@ -53,7 +53,7 @@ class LensDifference:
 
 def lens_logits(model: Decoder, h_BLD: Tensor) -> Tensor:
     """W_U · LN_f(h): logits BLV of a residual stream that has not seen the final norm."""
-    return model.unembed(model.taps("norm", model.model.norm(h_BLD)))
+    return model.unembed(model.final_norm(h_BLD))
 
 
 @torch.no_grad()

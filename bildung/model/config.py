@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bildung.core.errors import ConfigError, nearest
 
@@ -32,41 +32,34 @@ SIZES = (
 ).split()
 MAX_LAYERS = 4096  # many times the deepest model known; every layer is built before its tensors are looked for
 
+Kind = Literal["decoder", "encoder", "encoder-decoder", "vision", "recurrent", "seq2seq"]
+
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: base frequency and how it was stretched (`kind`: default, linear, llama3)."""
+    """Rotary position embedding: base frequency and how it was stretched (see positions.rope_frequencies)."""
 
     theta: float = 10000.0
-    kind: str = "default"
+    kind: str = "default"  # default, linear, ntk, dynamic, llama3, yarn
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """A decoder's shape. Field names are Hugging Face's where it has a name."""
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig:
+    """What every language model has, a recurrent one too. Field names are Hugging Face's where it has a name."""
 
     model_type: str
+    kind: Kind = "decoder"
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
     num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
-    hidden_act: str = "silu"
-    rope: Rope = field(default_factory=Rope)
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    # Sliding window of each layer, in tokens counted with the query itself; None = sees everything before it.
-    windows: tuple[int | None, ...] = ()
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -74,21 +67,103 @@ class ModelConfig:
     pad_token_id: int | None = None
     raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+
+@dataclass(frozen=True)
+class ImageShape:
+    """What a vision model looks at: pixels (height, width), patches (pixels per side), channels."""
+
+    image_size: tuple[int, int]
+    patch_size: int
+    num_channels: int = 3
+    interpolation: str = "bicubic"  # how positions are stretched to another grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(BaseConfig):
+    """A stack of Transformer blocks and what is below and above it. Of an encoder-decoder: the decoder's stack, with
+    the encoder's in `encoder`."""
+
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    # Normalisation: what it computes, where it stands, and what it adds to its weight (Gemma stores weight - 1).
+    norm: Literal["rms", "layer", "batch"] = "rms"
+    norm_eps: float
+    norm_offset: float = 0.0
+    norm_placement: Literal["pre", "post", "sandwich"] = "pre"
+    parallel_residual: bool = False  # attention and feed-forward read the same stream (GPT-J, GPT-NeoX)
+    embed_norm: bool = False
+    final_norm: bool = True
+    layer_scale: bool = False  # a learned factor per feature on what each sublayer adds (Touvron et al. 2021)
+    # Feed-forward
+    hidden_act: str = "silu"
+    gated: bool = True
+    # Positions
+    positions: Literal["rope", "learned", "sinusoidal", "sinusoidal_halves", "integer", "alibi", "t5", "none"] = "rope"
+    position_offset: int = 0  # rows of a learned table that stand before position 0 (RoBERTa, BART: 2)
+    rope: Rope = field(default_factory=Rope)
+    local_rope: Rope | None = None  # of the layers with a sliding window (Gemma 3)
+    rotary_dim: int | None = None  # how many dimensions of a head are rotated; None = all
+    relative_buckets: int = 32  # T5's relative bias: buckets, and the distance from which all share the last one
+    relative_max_distance: int = 128
+    # Attention
+    causal: bool = True
+    cross: bool = False  # each block also attends to an encoder's states
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    qk_norm: bool = False
+    attention_scale: float | None = None  # what scores are multiplied by; None = 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # scores become cap * tanh(scores / cap)
+    attention_sinks: bool = False  # a learned score per head that takes probability and gives nothing (gpt-oss)
+    logit_softcap: float | None = None
+    # Sliding window of each layer, in tokens counted with the query itself; None = sees everything before it.
+    windows: tuple[int | None, ...] = ()
+    # Factors on the embeddings and on the states before the unembedding
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    # Dropout, in training only
+    embed_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    residual_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    # Starting weights: see init.py
+    init: Literal["normal", "gpt2", "xavier", "t5", "truncated"] = "normal"
+    # Encoders: segment vectors, and the heads that lie in the file (see heads.py)
+    token_types: int = 0
+    heads: tuple[str, ...] = ()
+    num_labels: int = 0
+    classifier_dropout: float = 0.0
+    image: ImageShape | None = None
+    # Encoder-decoders
+    encoder: ModelConfig | None = None
+    decoder_start_token_id: int | None = None
+
     def __post_init__(self) -> None:
         for name in SIZES:
             if not _is_size(value := getattr(self, name)):
                 raise ConfigError(f"config.json: {name} = {value!r}; it must be a positive whole number.")
         if self.num_hidden_layers > MAX_LAYERS:
             raise ConfigError(f"config.json: num_hidden_layers = {self.num_hidden_layers}; at most {MAX_LAYERS}.")
-        if self.rms_norm_eps < 0:
-            raise ConfigError(f"config.json: rms_norm_eps = {self.rms_norm_eps}; it must not be negative.")
+        if self.norm_eps < 0:
+            raise ConfigError(f"config.json: the norm's eps = {self.norm_eps}; it must not be negative.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config.json: num_attention_heads = {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads = {self.num_key_value_heads}; every key-value head serves equally many queries."
             )
-        if self.head_dim % 2:
-            raise ConfigError(f"config.json: head_dim = {self.head_dim} is odd; RoPE turns pairs of dimensions.")
+        rotated = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if self.positions == "rope" and (rotated % 2 or not 0 < rotated <= self.head_dim):
+            raise ConfigError(
+                f"config.json: RoPE would turn {rotated} of the head_dim = {self.head_dim} dimensions of a head; it "
+                f"turns pairs, so an even number up to head_dim is needed and {rotated} is "
+                f"{'odd' if rotated % 2 else 'not one'}."
+            )
+        for name in ("embed_dropout", "attention_dropout", "residual_dropout", "activation_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"config.json: {name} = {getattr(self, name)}; it must lie in [0, 1).")
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_hidden_layers)
         if len(self.windows) != self.num_hidden_layers:
@@ -188,16 +263,16 @@ def rope_from(keys: ConfigKeys) -> Rope:
         raise ConfigError(f"config.json: rope_theta = {theta!r}; it must be a positive number.")
     kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
     given.pop("type", None)
-    numbers = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    }
-    if not isinstance(kind, str) or kind not in numbers:
-        raise ConfigError(f"config.json: RoPE scaling {kind!r} is not supported; allowed: {', '.join(numbers)}.")
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
+        raise ConfigError(f"config.json: RoPE scaling {kind!r} is not supported; allowed: {', '.join(ROPE_KINDS)}.")
+    needed, optional = ROPE_KINDS[kind]
     rope: dict[str, Any] = {}
-    for name in numbers[kind]:
+    if "original_max_position_embeddings" in (*needed, *optional):
+        rope["original_max_position_embeddings"] = keys.raw.get("max_position_embeddings")
+    for name in (*needed, *optional):
         value = given.pop(name, None)
+        if value is None and name in optional:
+            continue
         if not _is_number(value) or value <= 0:
             raise ConfigError(f"config.json: RoPE scaling {kind!r} needs a positive {name}; it is {value!r}.")
         rope[name] = value
@@ -207,8 +282,19 @@ def rope_from(keys: ConfigKeys) -> Rope:
     return Rope(theta=float(theta), kind=kind, **rope)
 
 
+# Kind of RoPE scaling -> the numbers it needs, and those it may have (the original context is the config's otherwise).
+ROPE_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "ntk": (("factor",), ()),
+    "dynamic": (("factor",), ("original_max_position_embeddings",)),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (("factor",), ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")),
+}
+
+
 def from_dict(raw: dict[str, Any]) -> ModelConfig:
-    """ModelConfig from a config.json dictionary.
+    """A configuration from a config.json dictionary.
 
     Raises ConfigError for an unknown architecture, an unknown or missing key, an impossible or unsupported value.
     """

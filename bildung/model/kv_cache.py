@@ -24,13 +24,14 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.keep_BS = torch.ones(batch_size, max_length, dtype=torch.bool, device=device)
         self.all_kept = True
+        self.cross: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values of an encoder's states
         self.max_length = max_length
         self.length = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        return sum(t.nbytes for pair in ((*self.keys, *self.values), *self.cross.values()) for t in pair)
 
     def reserve(self, length: int, keep_BL: Tensor | None) -> None:
         """Make sure `length` more tokens fit, and note which of them are padding."""
@@ -50,3 +51,13 @@ class KVCache:
         self.keys[layer][:, :, self.length : end] = k_BKLH
         self.values[layer][:, :, self.length : end] = v_BKLH
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keep these rows, in this order, repeated or left out: what beam search does when a beam forks or dies."""
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                tensors[layer] = tensor.index_select(0, rows_B)
+        self.keep_BS = self.keep_BS.index_select(0, rows_B)
+        self.cross = {
+            layer: (k.index_select(0, rows_B), v.index_select(0, rows_B)) for layer, (k, v) in self.cross.items()
+        }

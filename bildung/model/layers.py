@@ -1,13 +1,17 @@
-"""The parts of a model that are neither attention nor a weight matrix: embedding, normalisation, gated feed-forward."""
+"""The parts of a model that are neither attention nor positions: embedding, normalisation, feed-forward."""
 
 # B batch, L length, D hidden_size, F intermediate_size
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bildung.core.errors import ConfigError, nearest
 from bildung.model.config import ModelConfig
 from bildung.model.linear import dense_linear, project
 from bildung.model.taps import Taps
@@ -24,37 +28,125 @@ class Embedding(nn.Module):
         return F.embedding(tokens_BL, self.weight)
 
 
+# ── normalisation ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) * weight over the last dimension (Zhang & Sennrich 2019, arXiv 1910.07467).
 
-    Computed in float32 whatever the activations are, as Llama does.
+    Computed in float32 whatever the activations are, as Llama does. offset: added to the weight; Gemma stores
+    weight - 1 (so that decay pulls towards 1) and multiplies in float32.
     """
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         x = x_BLD.float()
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.offset:
+            return (x * (self.offset + self.weight.float())).to(x_BLD.dtype)
         return x.to(x_BLD.dtype) * self.weight.to(x_BLD.dtype)
 
 
-class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (SwiGLU: Shazeer 2020, arXiv 2002.05202)."""
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias, per token over its features (Ba et al. 2016, arXiv 1607.06450)."""
 
-    def __init__(self, config: ModelConfig, taps: Taps, layer: int):
+    def __init__(self, size: int, eps: float):
         super().__init__()
-        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        path = f"model.layers.{layer}.mlp"
-        self.gate_proj = dense_linear(size, inner, bias=bias, name=f"{path}.gate_proj")
-        self.up_proj = dense_linear(size, inner, bias=bias, name=f"{path}.up_proj")
-        self.down_proj = dense_linear(inner, size, bias=bias, name=f"{path}.down_proj")
-        self.taps = taps
-        self.act_site, self.out_site = f"layers.{layer}.mlp.act", f"layers.{layer}.mlp.out"
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.eps = eps
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        gate_BLF, up_BLF = project(x_BLD, self.gate_proj, self.up_proj)
-        act_BLF = F.silu(gate_BLF) * up_BLF
-        return self.taps(self.out_site, self.down_proj(self.taps(self.act_site, act_BLF)))
+        if self.weight.dtype == x_BLD.dtype:
+            return F.layer_norm(x_BLD, self.weight.shape, self.weight, self.bias, self.eps)
+        weight, bias = self.weight.to(x_BLD.dtype), self.bias.to(x_BLD.dtype)
+        return F.layer_norm(x_BLD, self.weight.shape, weight, bias, self.eps)
+
+
+class BatchNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias, per feature over all tokens of the batch (Ioffe & Szegedy 2015).
+
+    In training a token's output depends on every other row of the batch, and on what comes after it: here for the
+    comparison with LayerNorm, which it is why Transformers use that. In evaluation the running averages stand in.
+    Padding counts as tokens, as it does in torch.nn.BatchNorm1d.
+    """
+
+    def __init__(self, size: int, eps: float, momentum: float = 0.1):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        # Parameters that never train: they are saved, loaded and moved like all other weights.
+        self.running_mean = nn.Parameter(torch.zeros(size), requires_grad=False)
+        self.running_var = nn.Parameter(torch.ones(size), requires_grad=False)
+        self.eps, self.momentum = eps, momentum
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        x_ND = x_BLD.flatten(0, -2).float()
+        weight, bias = self.weight.float(), self.bias.float()
+        mean, var = self.running_mean.data, self.running_var.data
+        y_ND = F.batch_norm(x_ND, mean, var, weight, bias, self.training, self.momentum, self.eps)
+        return y_ND.view(x_BLD.shape).to(x_BLD.dtype)
+
+
+def norm_from(config: ModelConfig, size: int | None = None) -> nn.Module:
+    """The kind of normalisation that the config names, over `size` features (default: hidden_size)."""
+    size = config.hidden_size if size is None else size
+    if config.norm == "rms":
+        return RMSNorm(size, config.norm_eps, config.norm_offset)
+    return LayerNorm(size, config.norm_eps) if config.norm == "layer" else BatchNorm(size, config.norm_eps)
+
+
+# ── feed-forward ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+Activation = Callable[[Tensor], Tensor]
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": F.relu,
+    "gelu": F.gelu,  # x Φ(x), exact
+    "gelu_new": _gelu_tanh,  # 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))): GPT-2, T5 1.1, Gemma
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP
+    "silu": F.silu,  # x σ(x)
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+def activation(name: str) -> Activation:
+    """The function of that name in config.json. Raises ConfigError."""
+    if name not in ACTIVATIONS:
+        allowed = ", ".join(ACTIVATIONS)
+        raise ConfigError(
+            f"config.json: activation {name!r} is not known; allowed: {allowed}. {nearest(name, ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or gated down(act(gate(x)) * up(x)) (GLU variants: Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, taps: Taps, site: str):
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        if config.gated:
+            self.gate_proj = dense_linear(size, inner, bias=bias)
+        self.up_proj = dense_linear(size, inner, bias=bias)
+        self.down_proj = dense_linear(inner, size, bias=bias)
+        self.gated, self.act, self.dropout = config.gated, activation(config.hidden_act), config.activation_dropout
+        self.taps = taps
+        self.act_site, self.out_site = f"{site}.act", f"{site}.out"
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        if self.gated:
+            gate_BLF, up_BLF = project(x_BLD, self.gate_proj, self.up_proj)
+            act_BLF = self.act(gate_BLF) * up_BLF
+        else:
+            act_BLF = self.act(self.up_proj(x_BLD))
+        act_BLF = self.taps(self.act_site, act_BLF)
+        if self.dropout:
+            act_BLF = F.dropout(act_BLF, self.dropout, self.training)
+        return self.taps(self.out_site, self.down_proj(act_BLF))

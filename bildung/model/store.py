@@ -9,23 +9,25 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, nearest
 from bildung.core.record import Record, damage, hash_directory, read_record
-from bildung.model import adapter_file, attachments, quantized
-from bildung.model.config import ModelConfig, from_dict, read_config
+from bildung.model import adapter_file, attachments, names, quantized
+from bildung.model.base import Model
+from bildung.model.build import make
+from bildung.model.config import BaseConfig, from_dict, read_config
 from bildung.model.gguf_file import hf_config, hf_state_dict, read_gguf
 from bildung.model.linear import Dense, Linear
 from bildung.model.nf4 import QUANT_STATE
-from bildung.model.positions import RotaryEmbedding
 from bildung.model.safetensors_file import read_tensors, write_tensors
-from bildung.model.transformer import Decoder
 from bildung.tokens.gguf_tokenizer import tokenizer_from_gguf
 from bildung.tokens.tokenizer import Tokenizer
 
@@ -36,9 +38,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LanguageModel:
     """A model with everything needed to use it. `base`: the directory of its full weights (of an adapter: its base)."""
 
-    model: Decoder
+    model: Any  # a kind of Model (see base.py)
     tokenizer: Tokenizer
-    config: ModelConfig
+    config: Any  # a kind of BaseConfig
     record: Record | None = None
     path: Path | None = None
     base: Path | None = None
@@ -95,24 +97,28 @@ def _load_gguf(path: Path, dtype: str | None) -> LanguageModel:
     return LanguageModel(assemble(config, hf_state_dict(gguf), dtype), tokenizer, config, path=path)
 
 
-def assemble(config: ModelConfig, tensors: dict[str, Tensor], dtype: str | None = None) -> Decoder:
-    """A Decoder in evaluation mode holding `tensors` (Hugging Face name -> tensor; the dictionary is emptied).
+def assemble(config: BaseConfig, tensors: dict[str, Tensor], dtype: str | None = None) -> Any:
+    """A model in evaluation mode holding `tensors` (the file's name -> tensor; the dictionary is emptied).
 
     Raises ModelFileError for a missing, left-over, misshapen or non-finite tensor.
     """
     with torch.device("meta"):
-        model = Decoder(config)
-    model.model.rotary = RotaryEmbedding(config.rope, config.head_dim)  # computed, not loaded
-    _load_stores(model, tensors, dtype)
-    for name, parameter in list(model.named_parameters()):
-        if not parameter.is_meta:
-            continue
-        key = name.replace(".base.weight", ".weight")
-        if key not in tensors:
+        model = make(config)
+    for name in [name for name in tensors if name.endswith((".gamma", ".beta"))]:  # BERT's first files
+        stem, _, leaf = name.rpartition(".")
+        tensors[f"{stem}.{'weight' if leaf == 'gamma' else 'bias'}"] = tensors.pop(name)
+    table = names.places(config)
+    _load_stores(model, tensors, table, dtype)
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
+    keys = {name: name.replace(".base.weight", ".weight") for name in wanted}
+    found = names.from_file(tensors, config, keys.values())
+    for name, parameter in wanted.items():
+        key = names.place_of(keys[name], table)[0]
+        if keys[name] not in found:
             raise ModelFileError(
                 f"tensor {key} is missing; the file is incomplete or of another architecture. {nearest(key, tensors)}"
             )
-        tensor = tensors.pop(key)
+        tensor = found.pop(keys[name])
         if tensor.shape != parameter.shape:
             raise ModelFileError(
                 f"tensor {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}; "
@@ -122,17 +128,20 @@ def assemble(config: ModelConfig, tensors: dict[str, Tensor], dtype: str | None 
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.sum())):
             raise ModelFileError(f"tensor {key} holds values that are not finite numbers; the file is damaged.")
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor.to(DTYPES[dtype] if dtype else tensor.dtype)))
-    if config.tie_word_embeddings:
-        model.lm_head.base = Dense(model.model.embed_tokens.weight)
-        tensors.pop("lm_head.weight", None)  # some files repeat the tied matrix
-    left = [key for key in tensors if not key.endswith("rotary_emb.inv_freq")]  # old files store what the config says
+        tensor = tensor.to(DTYPES[dtype] if dtype else tensor.dtype).contiguous()
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+    model.tie()
+    # What repeats another tensor (a tied matrix) or follows from the config (old files keep it).
+    repeated = getattr(names.family_of(config), "REPEATED", ("lm_head.weight",) if config.tie_word_embeddings else ())
+    left = [key for key in tensors if not any(fnmatch(key, known) for known in (*repeated, "*rotary_emb.inv_freq"))]
     if left:
         raise ModelFileError(f"{len(left)} tensors belong nowhere in this model, the first is {left[0]}.")
     return model.eval()
 
 
-def _load_stores(model: Decoder, tensors: dict[str, Tensor], dtype: str | None) -> None:
+def _load_stores(
+    model: Model, tensors: dict[str, Tensor], table: Mapping[str, names.Stored], dtype: str | None
+) -> None:
     """Give every matrix that the file holds in quantized form its quantized store."""
     method = quantized.method_of(model.config.raw)
     if method is None:
@@ -143,10 +152,11 @@ def _load_stores(model: Decoder, tensors: dict[str, Tensor], dtype: str | None) 
         raise ConfigError(f"config.json: dtype = {stored!r} is not known; allowed: {', '.join(DTYPES)}.")
     for name, linear in model.linears().items():
         marker = "weight_packed" if method == "int8" else "weight.absmax"
-        if f"{name}.{marker}" not in tensors:
+        place = names.quantized_place(name, table)
+        if f"{place}.{marker}" not in tensors:
             continue
-        prefix = f"{name}.weight"
-        parts = {k.removeprefix(f"{name}."): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+        prefix = f"{place}.weight"
+        parts = {k.removeprefix(f"{place}."): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
         shape = (linear.out_features, linear.in_features)
         linear.base = kind.from_tensors(parts, shape, DTYPES[stored])
 
@@ -185,10 +195,9 @@ def write_model(lm: LanguageModel, directory: Path) -> None:
         return
     if not lm.config.raw:
         raise ConfigError("this model's config has no config.json behind it; build it with config.from_dict(...).")
-    dtype = str(lm.model.model.embed_tokens.weight.dtype).removeprefix("torch.")
-    family = import_module(f"bildung.model.families.{lm.config.model_type}")
+    dtype = str(lm.model.weight_dtype).removeprefix("torch.")
     raw = {k: v for k, v in lm.config.raw.items() if k not in ("torch_dtype", "quantization_config")}
-    raw |= {"dtype": dtype, "architectures": [family.ARCHITECTURE]}
+    raw |= {"dtype": dtype, "architectures": [names.architecture(lm.config)]}
     if (described := _quantization(lm.model, dtype)) is not None:
         raw["quantization_config"] = described
     (directory / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -214,7 +223,7 @@ def _check_base(lm: LanguageModel) -> None:
             )
 
 
-def _quantization(model: Decoder, dtype: str) -> dict[str, object] | None:
+def _quantization(model: Model, dtype: str) -> dict[str, object] | None:
     """config.json's quantization_config for the stores the model has; OutputError for a mixture."""
     kinds = {name: type(linear.base) for name, linear in model.linears().items()}
     methods = {method for method, kind in quantized.METHODS.items() if kind in kinds.values()}
@@ -228,14 +237,24 @@ def _quantization(model: Decoder, dtype: str) -> dict[str, object] | None:
     return quantized.describe(methods.pop(), kept, DTYPES[dtype])
 
 
-def state_tensors(model: Decoder) -> dict[str, Tensor]:
-    """Tensors under Hugging Face's names: stores as their formats want them, a tied head once, no deltas."""
+def state_tensors(model: Any) -> dict[str, Tensor]:
+    """Tensors under the family's names: stores as their formats want them, a tied head once, no deltas."""
     tensors: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
+    table = names.places(model.config)
     for name, module in model.named_modules():
         if name.startswith("attached") or ".deltas" in name or name.endswith(".base"):
             continue
         if isinstance(module, Linear) and not (name == "lm_head" and model.config.tie_word_embeddings):
-            tensors.update({f"{name}.{suffix}": t for suffix, t in module.base.tensors().items()})
+            if isinstance(module.base, Dense):
+                tensors[f"{name}.weight"] = module.base.weight
+            else:
+                place = names.quantized_place(name, table)
+                stored.update({f"{place}.{suffix}": t for suffix, t in module.base.tensors().items()})
         for leaf, parameter in module.named_parameters(recurse=False):
-            tensors[f"{name}.{leaf}"] = parameter
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            tensors[f"{name}.{leaf}" if name else leaf] = parameter
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    return {
+        **names.to_file(tensors, model.config),
+        **{name: t.detach().cpu().contiguous() for name, t in stored.items()},
+    }

@@ -1,117 +1,262 @@
-"""The decoder-only Transformer: embed, a stack of pre-norm blocks, a final norm, and the unembedding.
+"""The Transformer: embed, a stack of blocks, a final norm; and the decoder-only language model made of it.
 
     tokens -> embed -> [ x + attn(norm(x)) -> x + mlp(norm(x)) ] × layers -> norm -> lm_head -> logits
                          resid_pre    resid_mid          resid_post
 
-Module names are Hugging Face's, so a checkpoint's tensor names are the module paths; site names are TransformerLens's.
+Where the norm stands (Xiong et al. 2020, arXiv 2002.04745):
+
+    pre        x + f(norm(x))            Llama, GPT-2: the stream itself is never normalised; trains without warm-up
+    post       norm(x + f(x))            the 2017 Transformer, BERT ("Add & Norm")
+    sandwich   x + norm(f(norm(x)))      Gemma 2, 3
+
+Module names are Llama's in Hugging Face's code; names.py says how each family's file calls them. Site names are
+TransformerLens's.
 """
 
 # B batch, L length, S cached + new length, D hidden_size, V vocabulary
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bildung.core.errors import DataError
-from bildung.model.attention import Attention, Mask, make_mask
+from bildung.model.attention import Attention, CrossAttention, Mask, Memory, Rotation, make_mask
+from bildung.model.base import CausalLM, check_tokens
 from bildung.model.config import ModelConfig
 from bildung.model.kv_cache import KVCache
-from bildung.model.layers import Embedding, GatedMLP, RMSNorm
-from bildung.model.linear import Dense, Linear, linears
-from bildung.model.positions import RotaryEmbedding
+from bildung.model.layers import MLP, Embedding, norm_from
+from bildung.model.linear import Dense, Linear
+from bildung.model.positions import ADDED, AddedPositions, RotaryEmbedding, bias_from
 from bildung.model.taps import Taps
 
 
+class LayerScale(nn.Module):
+    """A learned factor per feature, small at first (Touvron et al. 2021, arXiv 2103.17239)."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(size))
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return x_BLD * self.lambda1.to(x_BLD.dtype)
+
+
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each added to the residual stream."""
+    """One layer: attention (to itself, then to a memory if it has one), then feed-forward, each added to the stream.
 
-    def __init__(self, config: ModelConfig, taps: Taps, layer: int):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, taps, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config, taps, layer)
-        self.taps = taps
-        self.pre_site, self.mid_site, self.post_site = (f"layers.{layer}.resid_{w}" for w in ("pre", "mid", "post"))
-
-    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Mask, kv_cache: KVCache | None) -> Tensor:
-        x_BLD = self.taps(self.pre_site, x_BLD)
-        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos, sin, mask, kv_cache)
-        x_BLD = self.taps(self.mid_site, x_BLD)
-        x_BLD = x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
-        return self.taps(self.post_site, x_BLD)
-
-
-class Backbone(nn.Module):
-    """Everything below the unembedding (Hugging Face's `model.` prefix)."""
-
-    def __init__(self, config: ModelConfig, taps: Taps):
-        super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, taps, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
-
-
-class Decoder(nn.Module):
-    """A causal language model: `model(tokens_BL) -> logits_BLV`.
-
-    compute_dtype: the type activations run in; the weights may be kept in a wider one (float32 masters for bfloat16
-    training). None means the type of the embedding.
+    `*_layernorm` stands before a sublayer or, post-norm, after its addition; `*_out_layernorm` on what it adds.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, taps: Taps, prefix: str, layer: int):
         super().__init__()
-        self.config = config
-        self.taps = Taps()
-        self.model = Backbone(config, self.taps)
-        # A tied unembedding is the same Parameter; it is saved once, under the embedding's name.
-        tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
-        head = tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
-        self.lm_head = Linear(Dense(head), name="lm_head")
-        self.attached = nn.ModuleDict()
-        self.compute_dtype: torch.dtype | None = None
-        self.sites = _site_shapes(config)
+        site, before = f"{prefix}layers.{layer}", config.norm_placement != "post"
+        self.post, self.parallel, self.dropout = not before, config.parallel_residual, config.residual_dropout
+        self.input_layernorm = norm_from(config)
+        self.self_attn = Attention(config, taps, f"{site}.attn", layer)
+        if config.cross:
+            memory_size = config.encoder.hidden_size if config.encoder else None
+            self.cross_layernorm = norm_from(config)
+            self.cross_attn = CrossAttention(config, taps, f"{site}.cross", layer, memory_size)
+        self.post_attention_layernorm = norm_from(config)
+        self.mlp = MLP(config, taps, f"{site}.mlp")
+        sandwich = config.norm_placement == "sandwich"
+        self.attn_out_layernorm = norm_from(config) if sandwich else None
+        self.mlp_out_layernorm = norm_from(config) if sandwich else None
+        self.attn_scale = LayerScale(config.hidden_size) if config.layer_scale else None
+        self.mlp_scale = LayerScale(config.hidden_size) if config.layer_scale else None
+        self.cross = config.cross
+        self.taps = taps
+        self.pre_site, self.mid_site, self.cross_site, self.post_site = (
+            f"{site}.resid_{word}" for word in ("pre", "mid", "cross", "post")
+        )
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.embed_tokens.weight.device
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rotation: Rotation | None,
+        mask: Mask,
+        kv_cache: KVCache | None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        x_BLD = self.taps(self.pre_site, x_BLD)
+        if self.post:
+            x_BLD = self.input_layernorm(x_BLD + self._drop(self.self_attn(x_BLD, rotation, mask, kv_cache)))
+            x_BLD = self.taps(self.mid_site, x_BLD)
+            if self.cross:
+                x_BLD = self.cross_layernorm(x_BLD + self._drop(self.cross_attn(x_BLD, memory, kv_cache)))
+                x_BLD = self.taps(self.cross_site, x_BLD)
+            x_BLD = self.post_attention_layernorm(x_BLD + self._drop(self.mlp(x_BLD)))
+            return self.taps(self.post_site, x_BLD)
+        entered_BLD = x_BLD
+        added = self.self_attn(self.input_layernorm(x_BLD), rotation, mask, kv_cache)
+        x_BLD = x_BLD + self._drop(self._shape(added, self.attn_out_layernorm, self.attn_scale))
+        x_BLD = self.taps(self.mid_site, x_BLD)
+        if self.cross:
+            x_BLD = x_BLD + self._drop(self.cross_attn(self.cross_layernorm(x_BLD), memory, kv_cache))
+            x_BLD = self.taps(self.cross_site, x_BLD)
+        added = self.mlp(self.post_attention_layernorm(entered_BLD if self.parallel else x_BLD))
+        x_BLD = x_BLD + self._drop(self._shape(added, self.mlp_out_layernorm, self.mlp_scale))
+        return self.taps(self.post_site, x_BLD)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type activations run in."""
-        return self.compute_dtype or self.model.embed_tokens.weight.dtype
+    def _shape(self, added_BLD: Tensor, norm: nn.Module | None, scale: LayerScale | None) -> Tensor:
+        added_BLD = added_BLD if norm is None else norm(added_BLD)
+        return added_BLD if scale is None else scale(added_BLD)
 
-    def linears(self) -> dict[str, Linear]:
-        """Module path -> weight matrix."""
-        return linears(self)
+    def _drop(self, added_BLD: Tensor) -> Tensor:
+        return F.dropout(added_BLD, self.dropout, self.training) if self.dropout else added_BLD
 
-    def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for `max_length` tokens (prompt and answer) in each of `batch_size` rows."""
-        return KVCache(self.config, batch_size, max_length, self.dtype, self.device)
+
+@dataclass(frozen=True)
+class Reading:
+    """How a stretch of tokens is read: their positions, and who may see whom (see CausalLM.forward)."""
+
+    positions_BL: Tensor
+    keep_BS: Tensor | None = None
+    segments_BL: Tensor | None = None
+    prefix_BS: Tensor | None = None
+    kv_cache: KVCache | None = None
+    past: int = 0
+
+
+class Stack(nn.Module):
+    """The blocks and the final norm, with the positions that act inside attention.
+
+    Below it stands what turns tokens, or patches of an image, into vectors; above it what reads the result.
+    """
+
+    def add_blocks(self, config: ModelConfig, taps: Taps, prefix: str) -> None:
+        """What a subclass's __init__ calls after it has made what stands below."""
+        self.config, self.taps, self.prefix = config, taps, prefix
+        self.embed_norm = norm_from(config) if config.embed_norm else None
+        self.layers = nn.ModuleList(Block(config, taps, prefix, i) for i in range(config.num_hidden_layers))
+        self.norm = norm_from(config) if config.final_norm else None
+        rotated = config.rotary_dim or config.head_dim
+        rope = config.positions == "rope"
+        self.rotary = RotaryEmbedding(config.rope, rotated) if rope else None
+        self.local_rotary = RotaryEmbedding(config.local_rope, rotated) if rope and config.local_rope else None
+        self.bias = bias_from(config)
+        self.norm_site = f"{prefix}norm"
+
+    def run(self, x_BLD: Tensor, reading: Reading, memory: Memory | None = None) -> Tensor:
+        """Vectors through all blocks and the final norm."""
+        if self.embed_norm is not None:
+            x_BLD = self.embed_norm(x_BLD)
+        if self.config.embed_dropout:
+            x_BLD = F.dropout(x_BLD, self.config.embed_dropout, self.training)
+        masks, rotations = self._masks(x_BLD, reading), self._rotations(reading.positions_BL, x_BLD.dtype)
+        for block, window in zip(self.layers, self.config.windows, strict=True):
+            x_BLD = block(x_BLD, rotations[window], masks[window], reading.kv_cache, memory)
+        return self.final(x_BLD)
+
+    def final(self, x_BLD: Tensor) -> Tensor:
+        """The final norm, which post-norm models lack."""
+        return self.taps(self.norm_site, x_BLD if self.norm is None else self.norm(x_BLD))
+
+    def _masks(self, x_BLD: Tensor, reading: Reading) -> dict[int | None, Mask]:
+        """A mask for every kind of layer: its window, and the bias on the scores that all layers share."""
+        L, past = x_BLD.shape[1], reading.past
+        bias = None
+        if self.bias is not None:
+            # Distances are counted in columns: within a row they are those of the positions.
+            columns = torch.arange(past + L, device=x_BLD.device)[None]
+            bias = self.bias(columns[:, past:], columns).to(x_BLD.dtype)
+        return {
+            window: make_mask(
+                L,
+                past,
+                window,
+                reading.keep_BS,
+                reading.segments_BL,
+                x_BLD.device,
+                causal=self.config.causal,
+                prefix_BS=reading.prefix_BS,
+            ).with_bias(bias)
+            for window in set(self.config.windows)
+        }
+
+    def _rotations(self, positions_BL: Tensor, dtype: torch.dtype) -> dict[int | None, Rotation | None]:
+        if self.rotary is None:
+            return dict.fromkeys(self.config.windows)
+        everywhere = self.rotary(positions_BL, dtype)
+        local = everywhere if self.local_rotary is None else self.local_rotary(positions_BL, dtype)
+        return {window: everywhere if window is None else local for window in set(self.config.windows)}
+
+
+class Backbone(Stack):
+    """A stack over tokens: embeddings, the positions that are added to them, segment vectors (BERT)."""
+
+    def __init__(self, config: ModelConfig, taps: Taps, prefix: str = "", embed_tokens: Embedding | None = None):
+        super().__init__()
+        self.embed_tokens = embed_tokens or Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = AddedPositions(config) if config.positions in ADDED else None
+        self.token_types = Embedding(config.token_types, config.hidden_size) if config.token_types else None
+        self.add_blocks(config, taps, prefix)
+        self.embed_site, self.pos_site = f"{prefix}embed", f"{prefix}pos_embed"
+
+    def embed(self, tokens_BL: Tensor, positions_BL: Tensor, types_BL: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Token vectors, plus those of positions and segments."""
+        x_BLD = self.embed_tokens(tokens_BL).to(dtype)
+        if self.config.embed_scale != 1.0:
+            # As Gemma does, the factor is rounded to the type of the activations.
+            x_BLD = x_BLD * torch.tensor(self.config.embed_scale, dtype=dtype)
+        x_BLD = self.taps(self.embed_site, x_BLD)
+        if self.token_types is not None:
+            types_BL = torch.zeros_like(tokens_BL) if types_BL is None else types_BL
+            x_BLD = x_BLD + self.token_types(types_BL).to(dtype)
+        if self.embed_positions is not None:
+            x_BLD = x_BLD + self.taps(self.pos_site, self.embed_positions(positions_BL, dtype))
+        return x_BLD
 
     def forward(
         self,
         tokens_BL: Tensor,
+        dtype: torch.dtype,
         *,
         positions_BL: Tensor | None = None,
         keep_BL: Tensor | None = None,
         segments_BL: Tensor | None = None,
+        prefix_BL: Tensor | None = None,
+        types_BL: Tensor | None = None,
         kv_cache: KVCache | None = None,
+        memory: Memory | None = None,
     ) -> Tensor:
-        """Logits_BLV of every next token.
+        """States BLD after the final norm."""
+        L = check_tokens(tokens_BL)
+        past = kv_cache.length if kv_cache is not None else 0
+        keep_BS = keep_BL
+        if kv_cache is not None:
+            kv_cache.reserve(L, keep_BL)
+            keep_BS = None if kv_cache.all_kept else kv_cache.keep_BS
+        if positions_BL is None:
+            positions_BL = torch.arange(past, past + L, device=tokens_BL.device)[None]
+        reading = Reading(positions_BL, keep_BS, segments_BL, prefix_BL, kv_cache, past)
+        h_BLD = self.run(self.embed(tokens_BL, positions_BL, types_BL, dtype), reading, memory)
+        if kv_cache is not None:
+            kv_cache.length += L
+        return h_BLD
 
-        positions_BL: absolute positions (default: 0, 1, 2... after the cached ones). keep_BL: False marks padding; it
-        is never inferred from token values. segments_BL: packed documents do not see each other. kv_cache: the tokens
-        are appended to it. Raises DataError for a wrong shape.
-        """
-        return self.unembed(
-            self.hidden(
-                tokens_BL, positions_BL=positions_BL, keep_BL=keep_BL, segments_BL=segments_BL, kv_cache=kv_cache
-            )
-        )
+
+class Decoder(CausalLM):
+    """A causal Transformer: `model(tokens_BL) -> logits_BLV`."""
+
+    config: ModelConfig
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.model = Backbone(config, self.taps)
+        # A tied unembedding is the same Parameter; it is saved once, under the embedding's name.
+        tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
+        head = tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.lm_head = Linear(Dense(head), bias=config.head_bias)
+        self.sites = {**stack_sites(config), "logits": "B L V"}
+        self.name_linears()
+
+    def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
+        return KVCache(self.config, batch_size, max_length, self.dtype, self.device)
 
     def hidden(
         self,
@@ -120,77 +265,56 @@ class Decoder(nn.Module):
         positions_BL: Tensor | None = None,
         keep_BL: Tensor | None = None,
         segments_BL: Tensor | None = None,
-        kv_cache: KVCache | None = None,
+        prefix_BL: Tensor | None = None,
+        kv_cache: Any = None,
     ) -> Tensor:
-        """The final norm's output BLD; `unembed` turns chosen rows of it into logits (a loss needs only some)."""
-        L = _check_tokens(tokens_BL)
-        past = kv_cache.length if kv_cache is not None else 0
-        if kv_cache is not None:
-            kv_cache.reserve(L, keep_BL)
-            keep_BS = None if kv_cache.all_kept else kv_cache.keep_BS
-        else:
-            keep_BS = keep_BL
-        if positions_BL is None:
-            positions_BL = torch.arange(past, past + L, device=tokens_BL.device)[None]
-        masks = {
-            window: make_mask(L, past, window, keep_BS, segments_BL, tokens_BL.device)
-            for window in set(self.config.windows)
-        }
-        cos, sin = self.model.rotary(positions_BL, self.dtype)
-        x_BLD = self.taps("embed", self.model.embed_tokens(tokens_BL).to(self.dtype))
-        for block, window in zip(self.model.layers, self.config.windows, strict=True):
-            x_BLD = block(x_BLD, cos, sin, masks[window], kv_cache)
-        if kv_cache is not None:
-            kv_cache.length += L
-        return self.taps("norm", self.model.norm(x_BLD))
+        return self.model(
+            tokens_BL,
+            self.dtype,
+            positions_BL=positions_BL,
+            keep_BL=keep_BL,
+            segments_BL=segments_BL,
+            prefix_BL=prefix_BL,
+            kv_cache=kv_cache,
+        )
+
+    def final_norm(self, x_BLD: Tensor) -> Tensor:
+        return self.model.final(x_BLD)
 
     def unembed(self, h_BLD: Tensor) -> Tensor:
-        """Final-norm output -> logits (any leading dimensions)."""
-        return self.taps("logits", self.lm_head(h_BLD))
+        return self.taps("logits", logits_from(self.config, self.lm_head, h_BLD))
 
 
-def _check_tokens(tokens_BL: Tensor) -> int:
-    if tokens_BL.ndim != 2 or tokens_BL.shape[1] == 0 or tokens_BL.is_floating_point():
-        raise DataError(
-            f"tokens of shape {tuple(tokens_BL.shape)} {tokens_BL.dtype} were given; "
-            f"whole numbers of shape (batch, length) with at least one token are needed."
-        )
-    return tokens_BL.shape[1]
+def logits_from(config: ModelConfig, lm_head: Linear, h_BLD: Tensor) -> Tensor:
+    """The unembedding with the family's scale before and soft-cap after it."""
+    logits_BLV = lm_head(h_BLD if config.logit_scale == 1.0 else h_BLD * config.logit_scale)
+    if config.logit_softcap is not None:
+        logits_BLV = config.logit_softcap * torch.tanh(logits_BLV / config.logit_softcap)
+    return logits_BLV
 
 
-def _site_shapes(config: ModelConfig) -> dict[str, str]:
-    """The closed list of activation sites with their shapes, in forward order (see taps.py)."""
-    per_layer = {
-        "resid_pre": "B L D",
-        "attn.q": "B L N H",
-        "attn.k": "B L K H",
-        "attn.v": "B L K H",
-        "attn.scores": "B N L S",
-        "attn.probs": "B N L S",
-        "attn.z": "B L N H",
-        "attn.out": "B L D",
-        "resid_mid": "B L D",
-        "mlp.act": "B L F",
-        "mlp.out": "B L D",
-        "resid_post": "B L D",
-    }
-    layers = {f"layers.{i}.{word}": shape for i in range(config.num_hidden_layers) for word, shape in per_layer.items()}
-    return {"embed": "B L D", **layers, "norm": "B L D", "logits": "B L V"}
+ATTENTION_SITES = {
+    "q": "B L N H",
+    "k": "B L K H",
+    "v": "B L K H",
+    "scores": "B N L S",
+    "probs": "B N L S",
+    "z": "B L N H",
+    "out": "B L D",
+}
 
 
-def build(config: ModelConfig, seed: int = 0) -> Decoder:
-    """A decoder with random float32 weights: N(0, initializer_range²) matrices, zero biases, unit norms.
-
-    The same seed gives the same weights on every machine (drawn on the CPU, in parameter order).
-    """
-    model = Decoder(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(0.0, config.initializer_range, generator=generator)
-    return model
+def stack_sites(config: ModelConfig, prefix: str = "") -> dict[str, str]:
+    """The closed list of a stack's activation sites with their shapes, in forward order (see taps.py)."""
+    per_layer = {"resid_pre": "B L D", **{f"attn.{word}": shape for word, shape in ATTENTION_SITES.items()}}
+    per_layer["resid_mid"] = "B L D"
+    if config.cross:
+        per_layer |= {f"cross.{word}": shape for word, shape in ATTENTION_SITES.items()}
+        per_layer |= {"cross.k": "B S K H", "cross.v": "B S K H", "resid_cross": "B L D"}
+    per_layer |= {"mlp.act": "B L F", "mlp.out": "B L D", "resid_post": "B L D"}
+    sites = {f"{prefix}embed": "B L D"}
+    if config.positions in ADDED:
+        sites[f"{prefix}pos_embed"] = "B L D"
+    for layer in range(config.num_hidden_layers):
+        sites |= {f"{prefix}layers.{layer}.{word}": shape for word, shape in per_layer.items()}
+    return {**sites, f"{prefix}norm": "B L D"}

@@ -34,7 +34,7 @@ def full(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
     def work(job: Job) -> None:
         stored = load(source)
         check_trainable(stored, source)
-        dtype = stored.model.model.embed_tokens.weight.dtype
+        dtype = stored.model.weight_dtype
         del stored
         lm = load(source, "float32")
         lm.model.requires_grad_(True)

@@ -49,7 +49,7 @@ def merge(source: Path, out: Path, settings: Settings, *, force: bool = False) -
         lm = load(source)
         if settings.card is not None:
             card.before(job, lm, settings.card)
-        dtype = DTYPES[settings.dtype] if settings.dtype else lm.model.model.embed_tokens.weight.dtype
+        dtype = DTYPES[settings.dtype] if settings.dtype else lm.model.weight_dtype
         kinds = sorted({type(linear.base).__name__ for linear in lm.model.linears().values()} - {"Dense"})
         job.measured["merged_matrices"] = fold_deltas(lm.model, dtype)
         write_model(lm, job.out)

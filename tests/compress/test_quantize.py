@@ -12,10 +12,10 @@ import torch
 import bildung
 from bildung.compress.quantize import Settings, bits_per_parameter, quantize, weight_bytes
 from bildung.core.errors import ModelFileError, NoSuchLinear, OutputError, SettingsError
+from bildung.model.build import build
 from bildung.model.linear import Dense, LowRank
 from bildung.model.quantized import METHODS
 from bildung.model.store import LanguageModel
-from bildung.model.transformer import build
 from tests.conftest import CONFIG, tiny_tokenizer
 
 both = pytest.mark.parametrize("method", METHODS)

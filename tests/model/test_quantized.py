@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import ConfigError, ModelFileError
+from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.int8 import Int8
 from bildung.model.linear import Dense, Linear, LowRank, replace_stores
@@ -20,7 +21,7 @@ from bildung.model.nf4 import NF4_CODE, Nf4, dynamic_map
 from bildung.model.quantized import METHODS, describe, method_of
 from bildung.model.safetensors_file import read_tensors, write_tensors
 from bildung.model.store import assemble, state_tensors
-from bildung.model.transformer import Decoder, build
+from bildung.model.transformer import Decoder
 
 CONFIG = dict(
     model_type="llama",

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bildung.core.errors import DataError, SettingsError
-from bildung.model.transformer import Decoder, build
+from bildung.model.build import build
+from bildung.model.transformer import Decoder
 from tests.model.tiny import tiny_decoder, tokens
 
 VARIANTS = {

@@ -9,9 +9,10 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
+from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.store import LanguageModel
-from bildung.model.transformer import Decoder, build
+from bildung.model.transformer import Decoder
 from bildung.tokens.tokenizer import Tokenizer
 
 CONFIG: dict[str, Any] = {

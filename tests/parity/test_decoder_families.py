@@ -99,7 +99,7 @@ def wrong_eps(self: layers.RMSNorm, x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3) * self.weight
 
 
-def wrong_activation(self: layers.GatedMLP, x: Tensor) -> Tensor:
+def wrong_activation(self: layers.MLP, x: Tensor) -> Tensor:
     return self.down_proj(nn.functional.gelu(self.gate_proj(x)) * self.up_proj(x))
 
 

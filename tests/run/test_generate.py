@@ -8,9 +8,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import bildung
 from bildung.core.errors import DataError, SettingsError
+from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.store import LanguageModel
-from bildung.model.transformer import build
 from bildung.run.decode import Sampling
 from bildung.run.generate import encode_prompt, stream
 from bildung.run.loop import decode

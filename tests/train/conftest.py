@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bildung.data.batches import Batch, Example, pad
+from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.linear import LowRank, match_linears
-from bildung.model.transformer import Decoder, build
+from bildung.model.transformer import Decoder
 
 CONFIG = dict(
     model_type="llama",

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from bildung.data.batches import Example, pad
+from bildung.model.build import build
 from bildung.model.config import from_dict
-from bildung.model.transformer import build
 from bildung.train.fit import fit
 from bildung.train.objectives import clm
 from bildung.train.optim import adamw

@@ -19,8 +19,6 @@ def decoder_keys(keys: ConfigKeys) -> dict[str, Any]:
     hidden_size = keys.size("hidden_size")
     pad = keys.token_ids("pad_token_id")
     bos = keys.token_ids("bos_token_id")
-    # Attention dropout acts in training only; no published checkpoint of these families uses it.
-    keys.require("attention_dropout", 0.0)
     keys.require("is_encoder_decoder", False)
     keys.require("partial_rotary_factor", 1.0)
     return {
@@ -33,8 +31,9 @@ def decoder_keys(keys: ConfigKeys) -> dict[str, Any]:
         "num_key_value_heads": keys.size("num_key_value_heads", heads),
         "head_dim": keys.size("head_dim", hidden_size // heads),
         "max_position_embeddings": keys.size("max_position_embeddings"),
-        "rms_norm_eps": float(keys.number("rms_norm_eps", 1e-6)),
+        "norm_eps": float(keys.number("rms_norm_eps", 1e-6)),
         "hidden_act": keys.require("hidden_act", "silu"),
+        "attention_dropout": float(keys.number("attention_dropout", 0.0)),
         "rope": rope_from(keys),
         "tie_word_embeddings": keys.flag("tie_word_embeddings", False),
         "initializer_range": float(keys.number("initializer_range", 0.02)),

@@ -1,0 +1,113 @@
+"""The encoder-only Transformer: every token sees every other (BERT: Devlin et al. 2019, arXiv 1810.04805).
+
+[CLS] the cat [MASK] [SEP] -> embed -> blocks without a causal mask -> states ─┬─ mlm: what stood at [MASK]
+                                                                               ├─ pooler -> nsp, classify
+                                                                               └─ tag: a label per token
+"""
+
+# B batch, L length, D hidden_size, V vocabulary, C classes
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bildung.core.errors import ModelFileError
+from bildung.model.base import Model
+from bildung.model.config import ModelConfig
+from bildung.model.heads import ClassificationHead, MaskedLMTransform, Pooler
+from bildung.model.linear import Dense, Linear
+from bildung.model.transformer import Backbone, logits_from, stack_sites
+
+
+class Encoder(Model):
+    """`model(tokens_BL) -> logits_BLV` of its masked-language head; `hidden` gives states, `classify` labels."""
+
+    config: ModelConfig
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.model = Backbone(config, self.taps)
+        heads = config.heads
+        self.pooler = Pooler(config) if "pooler" in heads else None
+        self.transform = MaskedLMTransform(config) if "mlm" in heads else None
+        tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
+        weight = tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.lm_head = Linear(Dense(weight), bias=True) if "mlm" in heads else None
+        self.nsp_head = ClassificationHead(config, 2) if "nsp" in heads else None
+        dense_act = {"classify_tanh": "tanh", "classify_relu": "relu"}
+        kind = next((head for head in heads if head.startswith("classify")), None)
+        self.classifier = ClassificationHead(config, config.num_labels, dense_act.get(kind)) if kind else None
+        self.tagger = ClassificationHead(config, config.num_labels) if "tag" in heads else None
+        self.sites = {**stack_sites(config), **({"logits": "B L V"} if "mlm" in heads else {})}
+        self.name_linears()
+
+    def hidden(
+        self,
+        tokens_BL: Tensor,
+        *,
+        positions_BL: Tensor | None = None,
+        keep_BL: Tensor | None = None,
+        segments_BL: Tensor | None = None,
+        types_BL: Tensor | None = None,
+    ) -> Tensor:
+        """The last states BLD. types_BL: 0 for the first sentence of a pair, 1 for the second. The rest as CausalLM."""
+        return self.model(
+            tokens_BL,
+            self.dtype,
+            positions_BL=positions_BL,
+            keep_BL=keep_BL,
+            segments_BL=segments_BL,
+            types_BL=types_BL,
+        )
+
+    def forward(
+        self,
+        tokens_BL: Tensor,
+        *,
+        positions_BL: Tensor | None = None,
+        keep_BL: Tensor | None = None,
+        segments_BL: Tensor | None = None,
+        types_BL: Tensor | None = None,
+    ) -> Tensor:
+        """Logits_BLV of the token at every place."""
+        return self.unembed(
+            self.hidden(
+                tokens_BL, positions_BL=positions_BL, keep_BL=keep_BL, segments_BL=segments_BL, types_BL=types_BL
+            )
+        )
+
+    def unembed(self, h_BLD: Tensor) -> Tensor:
+        """States -> logits of the masked-language head (any leading dimensions)."""
+        if self.lm_head is None or self.transform is None:
+            raise self._lacks("mlm")
+        return self.taps("logits", logits_from(self.config, self.lm_head, self.transform(h_BLD)))
+
+    def pooled(self, h_BLD: Tensor) -> Tensor:
+        """BERT's sentence vector BD; without a pooler the state of the first token."""
+        return h_BLD[:, 0] if self.pooler is None else self.pooler(h_BLD)
+
+    def next_sentence(self, h_BLD: Tensor) -> Tensor:
+        """Logits B2: 0 = the second segment follows the first, 1 = it is a random one."""
+        if self.nsp_head is None:
+            raise self._lacks("nsp")
+        return self.nsp_head(self.pooled(h_BLD))
+
+    def classify(self, h_BLD: Tensor) -> Tensor:
+        """Logits BC of the sentence's class."""
+        if self.classifier is None:
+            raise self._lacks("classify")
+        return self.classifier(self.pooled(h_BLD))
+
+    def tag(self, h_BLD: Tensor) -> Tensor:
+        """Logits BLC of every token's class."""
+        if self.tagger is None:
+            raise self._lacks("tag")
+        return self.tagger(h_BLD)
+
+    def _lacks(self, head: str) -> ModelFileError:
+        there = ", ".join(self.config.heads) or "none"
+        return ModelFileError(
+            f"this {self.config.model_type} has no {head!r} head (its heads: {there}); the `architectures` of its "
+            f"config.json say which it has. Train one, or use a directory that has it."
+        )

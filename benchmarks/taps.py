@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bildung.model.config import from_dict
 from bildung.model.taps import Taps, observe, sites
-from bildung.model.transformer import Decoder, build
+from bildung.model.build import build
+from bildung.model.transformer import Decoder
 
 CONFIG = {
     "model_type": "llama",

@@ -58,7 +58,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "more layers than memory": ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000; at most"),
     "negative eps": ({"rms_norm_eps": -1e-5}, "must not be negative"),
     "rope is text": ({"rope_scaling": "linear"}, "not a JSON object"),
-    "rope kind is a list": ({"rope_parameters": {"rope_type": ["linear"]}}, "allowed: default, linear, llama3"),
+    "rope kind is a list": ({"rope_parameters": {"rope_type": ["linear"]}}, "allowed: default, linear, ntk"),
     "rope theta is text": ({"rope_parameters": {"rope_theta": "1e4"}}, "positive number"),
     "rope theta is zero": ({"rope_theta": 0}, "positive number"),
     "rope factor is infinite": (

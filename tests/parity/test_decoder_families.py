@@ -120,7 +120,7 @@ def test_mutants_fail(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif mutant == "wrong_eps":
         monkeypatch.setattr(layers.RMSNorm, "forward", wrong_eps)
     elif mutant == "wrong_activation":
-        monkeypatch.setattr(layers.GatedMLP, "forward", wrong_activation)
+        monkeypatch.setattr(layers.MLP, "forward", wrong_activation)
     else:
         for block in ours.model.layers:
             swapped_groups(block.self_attn)

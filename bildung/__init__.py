@@ -18,7 +18,7 @@ _HOMES = {
     "load": "bildung.model.store",
     "save": "bildung.model.store",
     "LanguageModel": "bildung.model.store",
-    "build": "bildung.model.transformer",
+    "build": "bildung.model.build",
     "sites": "bildung.model.taps",
     "observe": "bildung.model.taps",
     "intervene": "bildung.model.taps",

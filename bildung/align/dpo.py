@@ -45,7 +45,8 @@ from bildung.train.history import History
 from bildung.train.optim import adamw, schedule
 from bildung.tune import lora
 from bildung.tune.full import check_trainable
-from bildung.tune.instruction import COMPUTE, tune
+from bildung.train.training import COMPUTE
+from bildung.tune.instruction import tune
 
 DELTA = "dpo"
 METRICS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "drift")

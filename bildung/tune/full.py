@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bildung.core.errors import TrainingError
 from bildung.core.operation import Job
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.model.linear import Dense
-from bildung.model.store import LanguageModel, load, write_model
+from bildung.model.store import load, write_model
+from bildung.train.training import check_trainable
 from bildung.tune.instruction import Tuning, train, tune
 
 
@@ -45,16 +44,3 @@ def full(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
         write_model(lm, job.out)
 
     return tune("tune full", source, out, settings, work, force)
-
-
-def check_trainable(lm: LanguageModel, source: Path) -> None:
-    """Raises TrainingError for a quantized model or one that carries deltas."""
-    linears = lm.model.linears()
-    if quantized := [name for name, linear in linears.items() if not isinstance(linear.base, Dense)]:
-        kind = type(linears[quantized[0]].base).__name__
-        raise TrainingError(
-            f"{source} is quantized ({kind}): rounded weights cannot take small updates. Use `bildung tune lora`, "
-            f"which trains beside them, or start from the model it was quantized from."
-        )
-    if any(linear.deltas for linear in linears.values()):
-        raise TrainingError(f"{source} is an adapter; `bildung merge` it into its base first, or use `tune lora`.")

@@ -7,15 +7,10 @@ differ in which parameters train and how the result is written; everything else 
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
-
-import torch
 
 from bildung.core.errors import DataError, SettingsError
 from bildung.core.operation import Job, perform
@@ -29,15 +24,12 @@ from bildung.evaluate.card import CardSettings
 from bildung.model import adapter_file
 from bildung.model.store import LanguageModel, load
 from bildung.tokens.tokenizer import Tokenizer
-from bildung.train.fit import fit, mean_loss
 from bildung.train.objectives import clm
-from bildung.train.optim import ScheduleName, adamw, schedule
-
-COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from bildung.train.training import COMPUTE, Training, check_ranges, run
 
 
 @settings
-class Tuning:
+class Tuning(Training):
     """What every kind of instruction tuning can be told."""
 
     data: str  # conversations: a file, a folder, nursery:NAME, mini:NAME or hub:OWNER/NAME
@@ -45,21 +37,6 @@ class Tuning:
     held_out: int = 0  # conversations kept out of training, to measure the loss on
     max_length: int = 512  # tokens per row; longer conversations are cut
     pack: bool = True  # several conversations per row, each seeing only itself; False: one per row, padded
-    steps: int | None = None  # optimizer steps; default: as many as epochs take
-    epochs: float | None = None  # passes over the data; default: 1
-    batch_size: int = 4  # rows per micro-step
-    micro_steps: int = 1  # micro-steps whose gradients are summed into one optimizer step
-    learning_rate: float = 2e-4  # at the top of the schedule
-    schedule: ScheduleName = "cosine"  # course of the learning rate after the warmup
-    warmup: float = 0.03  # share of the steps in which the learning rate rises
-    weight_decay: float = 0.0  # of matrices; vectors are never decayed
-    clip: float | None = 1.0  # largest norm of the gradient
-    precision: Literal["bf16", "fp32"] = "bf16"  # of activations; what trains is kept in float32 either way
-    seed: int = 0  # decides the first values, the order of the data, and dropout
-    evaluate_every: int = 0  # steps between measurements of the held-out loss
-    patience: int | None = None  # stop after so many measurements without a lower loss, and keep the best weights
-    checkpoint_every: int = 10  # steps between checkpoints; a killed run goes on from the last
-    tensorboard: Path | None = None  # folder for TensorBoard's event files
     card: CardSettings | None = None  # measure these tasks before and after
 
 
@@ -86,8 +63,6 @@ def tune(
     """`perform` with the cards around `work`, which trains and writes into job.out."""
     source = Path(source)
     check_ranges(given)
-    if given.steps is not None and given.epochs is not None:
-        raise SettingsError(f"steps = {given.steps} and epochs = {given.epochs} were given; give one of them.")
     if given.evaluate_every and not given.held_out:
         raise SettingsError(f"evaluate_every = {given.evaluate_every} needs held_out conversations to measure on.")
 
@@ -103,25 +78,6 @@ def tune(
     )
 
 
-def check_ranges(given: Tuning) -> None:
-    """Raises SettingsError for a number out of range, before any model is loaded.
-
-    A clip of 0 would learn nothing, a negative one climb the loss, and neither would say so.
-    """
-    for names, fits, allowed in (
-        ("steps batch_size micro_steps patience", lambda number: number >= 1, "at least 1"),
-        ("epochs learning_rate clip", lambda number: 0 < number < math.inf, "above 0 and finite"),
-        ("weight_decay", lambda number: 0 <= number < math.inf, "at least 0 and finite"),
-        ("held_out evaluate_every checkpoint_every", lambda number: number >= 0, "at least 0"),
-        ("warmup", lambda number: 0 <= number <= 1, "between 0 and 1, a share of the steps"),
-        ("seed", lambda number: -(2**63) <= number < 2**63, "a number of at most 64 bits"),
-    ):
-        for name in names.split():
-            value = getattr(given, name)
-            if value is not None and not fits(value):
-                raise SettingsError(f"{name} = {value} was given; it must be {allowed}.")
-
-
 def base_of(source: Path) -> dict[str, Path]:
     """{"base": directory} when `source` is an adapter: its own files do not say what its base holds. Else {}."""
     if not (source / adapter_file.CONFIG).exists():
@@ -133,47 +89,13 @@ def train(job: Job, lm: LanguageModel, given: Tuning) -> None:
     """Train what requires gradients in `lm` and fill in the job's numbers. Goes on from a checkpoint in job.out."""
     lm.model.compute_dtype = COMPUTE[given.precision]
     data = prepare(lm.tokenizer, given)
-    one_pass = data.batch_at.batches_per_epoch / given.micro_steps
-    steps = math.ceil(one_pass * (1 if given.epochs is None else given.epochs)) if given.steps is None else given.steps
-    trainable = sum(parameter.numel() for parameter in lm.model.parameters() if parameter.requires_grad)
-    print(
-        f"{job.operation}: {data.examples} conversations, {data.tokens} tokens, {data.targets} of them trained; "
-        f"{trainable:,} trainable parameters; {steps} steps of "
-        f"{given.batch_size * given.micro_steps} rows of at most {given.max_length} tokens",
-        *data.notes,  # what was dropped or cut, and why
-        sep="\n  ",
-        file=sys.stderr,
-    )
-    history = fit(
-        lm.model,
-        data.batch_at,
-        clm,
-        adamw(lm.model, given.learning_rate, weight_decay=given.weight_decay),
-        steps=steps,
-        micro_steps=given.micro_steps,
-        schedule=schedule(given.schedule, steps, round(given.warmup * steps)),
-        clip=given.clip,
-        seed=given.seed,
-        evaluate=partial(mean_loss, objective=clm, batches=data.held_out) if data.held_out else None,
-        evaluate_every=given.evaluate_every,
-        patience=given.patience,
-        out=job.out,
-        checkpoint_every=given.checkpoint_every,
-        tensorboard=given.tensorboard,
-        title=job.operation,
-    )
-    job.tokens_seen, job.trained_tokens = history.tokens_seen, history.trained_tokens
-    job.notes += data.notes
     job.measured |= {
-        "trainable_parameters": trainable,
         "examples": data.examples,
         "tokens_per_epoch": data.tokens,
         "targets_per_epoch": data.targets,
-        "epochs": history.steps / one_pass,
-        **history.summary(),
     }
-    if history.steps < steps:
-        job.notes.append(f"stopped after step {history.steps} of {steps}: the held-out loss fell no further")
+    what = f"{data.examples} conversations, {data.tokens} tokens, {data.targets} of them trained"
+    run(job, lm.model, given, data.batch_at, clm, what=what, held_out=data.held_out, notes=data.notes)
 
 
 def prepare(tokenizer: Tokenizer, given: Tuning) -> TrainingData:

@@ -19,6 +19,7 @@ ORDER = [
     {"evaluate"},
     {"compress"},
     {"look"},
+    {"pretrain"},
     {"tune"},
     {"continual", "align", "edit"},
     {"app"},

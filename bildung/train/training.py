@@ -1,0 +1,129 @@
+"""What every kind of training can be told, and what it does with it: from settings to `fit` to the record's numbers."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from bildung.core.errors import SettingsError, TrainingError
+from bildung.core.operation import Job
+from bildung.core.settings import settings
+from bildung.data.batches import Shuffled
+from bildung.model.linear import Dense
+from bildung.model.store import LanguageModel
+from bildung.train.fit import History, Objective, fit, mean_loss
+from bildung.train.optim import ScheduleName, adamw, schedule
+
+COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@settings
+class Training:
+    """What every kind of training can be told."""
+
+    steps: int | None = None  # optimizer steps; default: as many as epochs take
+    epochs: float | None = None  # passes over the data; default: 1
+    batch_size: int = 4  # rows per micro-step
+    micro_steps: int = 1  # micro-steps whose gradients are summed into one optimizer step
+    learning_rate: float = 2e-4  # at the top of the schedule
+    schedule: ScheduleName = "cosine"  # course of the learning rate after the warmup
+    warmup: float = 0.03  # share of the steps in which the learning rate rises
+    weight_decay: float = 0.0  # of matrices; vectors are never decayed
+    clip: float | None = 1.0  # largest norm of the gradient
+    precision: Literal["bf16", "fp32"] = "bf16"  # of activations; what trains is kept in float32 either way
+    seed: int = 0  # decides the first values, the order of the data, and dropout
+    evaluate_every: int = 0  # steps between measurements of the held-out loss
+    patience: int | None = None  # stop after so many measurements without a lower loss, and keep the best weights
+    checkpoint_every: int = 10  # steps between checkpoints; a killed run goes on from the last
+    tensorboard: Path | None = None  # folder for TensorBoard's event files
+
+
+def check_ranges(given: Training) -> None:
+    """Raises SettingsError for a number out of range, before any model is loaded.
+
+    A clip of 0 would learn nothing, a negative one climb the loss, and neither would say so.
+    """
+    for names, fits, allowed in (
+        ("steps batch_size micro_steps patience", lambda number: number >= 1, "at least 1"),
+        ("epochs learning_rate clip", lambda number: 0 < number < math.inf, "above 0 and finite"),
+        ("weight_decay", lambda number: 0 <= number < math.inf, "at least 0 and finite"),
+        ("held_out evaluate_every checkpoint_every", lambda number: number >= 0, "at least 0"),
+        ("warmup", lambda number: 0 <= number <= 1, "between 0 and 1, a share of the steps"),
+        ("seed", lambda number: -(2**63) <= number < 2**63, "a number of at most 64 bits"),
+    ):
+        for name in names.split():
+            value = getattr(given, name, None)
+            if value is not None and not fits(value):
+                raise SettingsError(f"{name} = {value} was given; it must be {allowed}.")
+    if given.steps is not None and given.epochs is not None:
+        raise SettingsError(f"steps = {given.steps} and epochs = {given.epochs} were given; give one of them.")
+
+
+def check_trainable(lm: LanguageModel, source: Path) -> None:
+    """Raises TrainingError for a quantized model or one that carries deltas."""
+    linears = lm.model.linears()
+    if quantized := [name for name, linear in linears.items() if not isinstance(linear.base, Dense)]:
+        kind = type(linears[quantized[0]].base).__name__
+        raise TrainingError(
+            f"{source} is quantized ({kind}): rounded weights cannot take small updates. Use `bildung tune lora`, "
+            f"which trains beside them, or start from the model it was quantized from."
+        )
+    if any(linear.deltas for linear in linears.values()):
+        raise TrainingError(f"{source} is an adapter; `bildung merge` it into its base first, or use `tune lora`.")
+
+
+def run(
+    job: Job,
+    model: Any,
+    given: Training,
+    batch_at: Shuffled[Any, Any],
+    objective: Objective,
+    *,
+    what: str,
+    held_out: Sequence[Any] = (),
+    notes: Sequence[str] = (),
+) -> History:
+    """Train what requires gradients in `model` and fill in the job's numbers. Goes on from a checkpoint in job.out.
+
+    what: the data in words, e.g. "300 conversations, 20,000 tokens", said before training starts.
+    """
+    one_pass = batch_at.batches_per_epoch / given.micro_steps
+    steps = math.ceil(one_pass * (1 if given.epochs is None else given.epochs)) if given.steps is None else given.steps
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(
+        f"{job.operation}: {what}; {trainable:,} trainable parameters; {steps} steps of "
+        f"{given.batch_size * given.micro_steps} rows",
+        *notes,  # what was dropped or cut, and why
+        sep="\n  ",
+        file=sys.stderr,
+    )
+    history = fit(
+        model,
+        batch_at,
+        objective,
+        adamw(model, given.learning_rate, weight_decay=given.weight_decay),
+        steps=steps,
+        micro_steps=given.micro_steps,
+        schedule=schedule(given.schedule, steps, round(given.warmup * steps)),
+        clip=given.clip,
+        seed=given.seed,
+        evaluate=partial(mean_loss, objective=objective, batches=held_out) if held_out else None,
+        evaluate_every=given.evaluate_every,
+        patience=given.patience,
+        out=job.out,
+        checkpoint_every=given.checkpoint_every,
+        tensorboard=given.tensorboard,
+        title=job.operation,
+    )
+    job.tokens_seen, job.trained_tokens = history.tokens_seen, history.trained_tokens
+    job.notes += notes
+    job.measured |= {"trainable_parameters": trainable, "epochs": history.steps / one_pass, **history.summary()}
+    if history.steps < steps:
+        job.notes.append(f"stopped after step {history.steps} of {steps}: the held-out loss fell no further")
+    return history

@@ -1,0 +1,118 @@
+"""Birth: a model from a tokenizer, a config and text."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import bildung
+from bildung.core.errors import ConfigError, DataError, SettingsError
+from bildung.core.operation import OccupiedError
+from bildung.data.batches import Example
+from bildung.pretrain.birth import set_aside
+from bildung.pretrain.causal import Settings, causal, unigram_nats
+from bildung.tokens.tokenizer import Tokenizer
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def tokenizer_directory(tiny_lm: bildung.LanguageModel, tmp_path: Path) -> Path:
+    directory = tmp_path / "tokenizer"
+    directory.mkdir()
+    tiny_lm.tokenizer.save(directory)
+    return directory
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "text.jsonl"
+    rows = [{"text": f"the cat number {i % 7} sat on the mat and saw {i % 5} dogs"} for i in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def settings(text: str, **other: object) -> Settings:
+    common = {"data": text, "model": MODEL, "steps": 30, "max_length": 32, "batch_size": 4, "held_out": 6}
+    return Settings(**{**common, "precision": "fp32", "learning_rate": 3e-3, **other})  # type: ignore[arg-type]
+
+
+def test_a_model_is_born_and_beats_the_unigram(tokenizer_directory: Path, text: str, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    record = causal(tokenizer_directory, out, settings(text, sample_prompts=("the cat",), sample_tokens=4))
+    measured = record.measured
+    assert measured["held_out_bits_per_byte"] < measured["unigram_bits_per_byte"] / 2
+    assert record.trained_tokens > 0 and record.after["samples"][0]["prompt"] == "the cat"
+    lm = bildung.load(out)
+    assert lm.config.vocab_size == Tokenizer.load(tokenizer_directory).vocab_size
+
+
+def test_training_goes_on_from_a_model(tokenizer_directory: Path, text: str, tmp_path: Path) -> None:
+    first = causal(tokenizer_directory, tmp_path / "one", settings(text))
+    second = causal(tmp_path / "one", tmp_path / "two", settings(text, model=None))
+    assert second.measured["held_out_bits_per_byte"] < first.measured["held_out_bits_per_byte"]
+    assert [ancestor["operation"] for ancestor in second.ancestors] == ["pretrain causal"]
+
+
+def test_killed_and_run_again_is_the_same_model(
+    tokenizer_directory: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from bildung.train import training
+
+    whole = tmp_path / "whole"
+    causal(tokenizer_directory, whole, settings(text, checkpoint_every=5))
+    real = training.fit
+
+    def killed(*arguments: object, **named: object) -> object:
+        real(*arguments, **{**named, "steps": 12})  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "fit", killed)
+    with pytest.raises(KeyboardInterrupt):
+        causal(tokenizer_directory, tmp_path / "again", settings(text, checkpoint_every=5))
+    monkeypatch.undo()
+    causal(tokenizer_directory, tmp_path / "again", settings(text, checkpoint_every=5))
+    one, two = (bildung.load(tmp_path / name).model.state_dict() for name in ("whole", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_unigram_by_hand() -> None:
+    train, held = Example([0, 1, 1, 2], [False, True, True, True]), Example([0, 1, 3], [False, True, True])
+    assert unigram_nats([train], [held], vocab_size=5) == pytest.approx(-(math.log(3 / 8) + math.log(1 / 8)) / 2)
+
+
+def test_what_cannot_be_born(tokenizer_directory: Path, text: str, tmp_path: Path) -> None:
+    for change, error, words in (
+        ({"model": None}, SettingsError, "holds no model"),
+        ({"model": {**MODEL, "model_type": "lama"}}, ConfigError, "did you mean 'llama'"),
+        ({"model": {**MODEL, "hidden_sise": 3}}, ConfigError, "hidden_sise"),
+        ({"model": {**MODEL, "vocab_size": 3}}, bildung.core.errors.BildungError, "vocab|rows|ids"),
+        ({"held_out": 60}, DataError, "at least one must stay"),
+        ({"learning_rate": 0.0}, SettingsError, "above 0"),
+    ):
+        with pytest.raises(error, match=words):
+            causal(tokenizer_directory, tmp_path / "out", settings(text, **change))
+        assert not (tmp_path / "out").exists()
+    causal(tokenizer_directory, tmp_path / "model", settings(text, steps=1))
+    with pytest.raises(SettingsError, match="holds a model already"):
+        causal(tmp_path / "model", tmp_path / "out", settings(text))
+    with pytest.raises(OccupiedError):
+        causal(tokenizer_directory, tmp_path / "model", settings(text, steps=2))
+
+
+def test_aside_and_kept_are_all() -> None:
+    kept, aside = set_aside(range(10), 3, seed=1)
+    assert sorted([*kept, *aside]) == list(range(10)) and len(aside) == 3

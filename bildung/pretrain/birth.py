@@ -8,10 +8,14 @@ What a birth needs from the tokenizer (vocabulary size, ids of BOS, EOS and padd
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import BeforeValidator
 
 from bildung.core.errors import DataError, SettingsError
 from bildung.core.settings import settings
@@ -24,6 +28,19 @@ from bildung.train.training import COMPUTE, Training, check_trainable
 T = TypeVar("T")
 
 
+def _as_json(given: Any) -> Any:
+    """A mapping, its YAML, or a file of it, as JSON text: the record then holds the keys themselves."""
+    if isinstance(given, str):
+        is_file = given.endswith((".json", ".yaml", ".yml"))
+        given = yaml.safe_load(Path(given).read_text(encoding="utf-8") if is_file else given)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"the keys of a config.json are expected, as a mapping; {str(given)[:80]!r} is none")
+    return json.dumps(given, sort_keys=True)
+
+
+Keys = Annotated[str, BeforeValidator(_as_json)]
+
+
 @settings
 class Birth(Training):
     """What every kind of pretraining can be told."""
@@ -31,7 +48,8 @@ class Birth(Training):
     data: str  # what to learn from: a file, a folder, nursery:NAME, mini:NAME or hub:OWNER/NAME
     limit: int | None = None  # use only the first so many rows
     held_out: int = 32  # rows kept out of training, to measure on
-    model: dict[str, Any] | None = None  # of a new model: the keys of its config.json, model_type first of all
+    # of a new model: the keys of its config.json as a mapping, as "{model_type: llama, ...}", or as a .json/.yaml file
+    model: Keys | None = None
     max_length: int = 256  # tokens per row
     learning_rate: float = 1e-3  # at the top of the schedule
     weight_decay: float = 0.1  # of matrices; vectors are never decayed
@@ -59,7 +77,7 @@ def begin(source: Path, given: Birth, *, kinds: Sequence[str]) -> LanguageModel:
                 f"{source} holds no model; to make one, give `model`: the keys of a config.json, such as model_type, "
                 f"hidden_size and num_hidden_layers."
             )
-        lm = newborn(Tokenizer.load(source), given.model, given.seed)
+        lm = newborn(Tokenizer.load(source), json.loads(given.model), given.seed)
     if lm.config.kind not in kinds:
         raise DataError(
             f"a {lm.config.model_type} is of kind {lm.config.kind!r}; this way of training is for {', '.join(kinds)}."

@@ -11,6 +11,7 @@ import pytest
 import bildung
 from bildung.core.errors import ConfigError, DataError, SettingsError
 from bildung.core.operation import OccupiedError
+from bildung.core.settings import resolve
 from bildung.data.batches import Example
 from bildung.pretrain.birth import set_aside
 from bildung.pretrain.causal import Settings, causal, unigram_nats
@@ -43,9 +44,13 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
+def as_given(text: str, **other: object) -> dict[str, object]:
+    common = {"data": text, "model": MODEL, "steps": 60, "max_length": 64, "batch_size": 4, "held_out": 6}
+    return {**common, "precision": "fp32", "learning_rate": 1e-2, **other}
+
+
 def settings(text: str, **other: object) -> Settings:
-    common = {"data": text, "model": MODEL, "steps": 30, "max_length": 32, "batch_size": 4, "held_out": 6}
-    return Settings(**{**common, "precision": "fp32", "learning_rate": 3e-3, **other})  # type: ignore[arg-type]
+    return Settings(**as_given(text, **other))  # type: ignore[arg-type]
 
 
 def test_a_model_is_born_and_beats_the_unigram(tokenizer_directory: Path, text: str, tmp_path: Path) -> None:
@@ -100,11 +105,12 @@ def test_what_cannot_be_born(tokenizer_directory: Path, text: str, tmp_path: Pat
         ({"model": {**MODEL, "model_type": "lama"}}, ConfigError, "did you mean 'llama'"),
         ({"model": {**MODEL, "hidden_sise": 3}}, ConfigError, "hidden_sise"),
         ({"model": {**MODEL, "vocab_size": 3}}, bildung.core.errors.BildungError, "vocab|rows|ids"),
+        ({"model": "[1]"}, SettingsError, "mapping"),
         ({"held_out": 60}, DataError, "at least one must stay"),
         ({"learning_rate": 0.0}, SettingsError, "above 0"),
     ):
         with pytest.raises(error, match=words):
-            causal(tokenizer_directory, tmp_path / "out", settings(text, **change))
+            causal(tokenizer_directory, tmp_path / "out", resolve(Settings, as_given(text, **change)))
         assert not (tmp_path / "out").exists()
     causal(tokenizer_directory, tmp_path / "model", settings(text, steps=1))
     with pytest.raises(SettingsError, match="holds a model already"):

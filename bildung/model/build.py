@@ -59,8 +59,8 @@ def _draw(name: str, module: nn.Module, leaf: str, weight: Tensor, config: Any, 
         offset = getattr(module, "offset", 0.0)
         weight.fill_(1.0 - offset if leaf in ("weight", "running_var") else 0.0)
     elif isinstance(module, LayerScale):
-        weight.fill_(1.0)
-    elif leaf in ("bias", "sinks_N"):
+        weight.fill_(config.layer_scale)
+    elif leaf in ("bias", "sinks_N", "mask_token", "final_logits_bias"):
         weight.zero_()
     else:
         _draw_matrix(name, weight, config, generator)
@@ -68,7 +68,7 @@ def _draw(name: str, module: nn.Module, leaf: str, weight: Tensor, config: Any, 
 
 def _draw_matrix(name: str, weight: Tensor, config: ModelConfig, generator: torch.Generator) -> None:
     spread = config.initializer_range
-    is_embedding = any(word in name for word in ("embed", "shared", "token_types", "cls_token"))
+    is_embedding = any(word in name for word in ("embed", "shared", "token_types", "cls_token", "register_tokens"))
     if config.init == "truncated":
         nn.init.trunc_normal_(weight, 0.0, spread, -2 * spread, 2 * spread, generator=generator)
     elif config.init == "xavier" and not is_embedding:

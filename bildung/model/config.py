@@ -22,7 +22,10 @@ MODEL_TYPES = tuple(sorted(p.stem for p in (Path(__file__).parent / "families").
 INERT_KEYS = frozenset(
     "architectures dtype torch_dtype transformers_version use_cache _name_or_path return_dict output_hidden_states "
     "output_attentions chunk_size_feed_forward id2label label2id problem_type is_llama_config transformers.js_config "
-    "task_specific_params _model_name_or_path unk_token_id "
+    "task_specific_params _model_name_or_path unk_token_id gradient_checkpointing output_past prefix _num_labels "
+    "max_length min_length do_sample temperature top_k top_p repetition_penalty no_repeat_ngram_size bad_words_ids "
+    "num_beams num_return_sequences length_penalty early_stopping forced_bos_token_id forced_eos_token_id "
+    "force_bos_token_to_be_generated save_step "
     "unsloth_version unsloth_fixed _attn_implementation_autoset".split()
 )
 
@@ -75,7 +78,15 @@ class ImageShape:
     image_size: tuple[int, int]
     patch_size: int
     num_channels: int = 3
-    interpolation: str = "bicubic"  # how positions are stretched to another grid
+    interpolation: str = "bicubic"  # how positions are stretched to another grid: bilinear, or ...-antialias
+    registers: int = 0
+    mask_token: bool = False
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches in a column and in a row."""
+        height, width = self.image_size
+        return height // self.patch_size, width // self.patch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +106,8 @@ class ModelConfig(BaseConfig):
     parallel_residual: bool = False  # attention and feed-forward read the same stream (GPT-J, GPT-NeoX)
     embed_norm: bool = False
     final_norm: bool = True
-    layer_scale: bool = False  # a learned factor per feature on what each sublayer adds (Touvron et al. 2021)
+    layer_scale: float | None = None  # where a learned factor per feature on what sublayers add starts; None: no factor
+    drop_path: float = 0.0  # share of examples that skip a sublayer, in training only (Huang et al. 2016, 1603.09382)
     # Feed-forward
     hidden_act: str = "silu"
     gated: bool = True
@@ -129,20 +141,25 @@ class ModelConfig(BaseConfig):
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     activation_dropout: float = 0.0
+    final_dropout: float = 0.0  # on what a stack gives out (T5)
     # Starting weights: see init.py
     init: Literal["normal", "gpt2", "xavier", "t5", "truncated"] = "normal"
     # Encoders: segment vectors, and the heads that lie in the file (see heads.py)
     token_types: int = 0
     heads: tuple[str, ...] = ()
+    transform_act: str | None = None  # activation of the masked-language head; None = hidden_act
     num_labels: int = 0
     classifier_dropout: float = 0.0
     image: ImageShape | None = None
     # Encoder-decoders
     encoder: ModelConfig | None = None
     decoder_start_token_id: int | None = None
+    logits_bias: bool = False  # numbers added to the logits that lie in the file and never train (BART)
 
     def __post_init__(self) -> None:
         for name in SIZES:
+            if name == "vocab_size" and self.kind == "vision":
+                continue  # images have no vocabulary
             if not _is_size(value := getattr(self, name)):
                 raise ConfigError(f"config.json: {name} = {value!r}; it must be a positive whole number.")
         if self.num_hidden_layers > MAX_LAYERS:
@@ -161,7 +178,14 @@ class ModelConfig(BaseConfig):
                 f"turns pairs, so an even number up to head_dim is needed and {rotated} is "
                 f"{'odd' if rotated % 2 else 'not one'}."
             )
-        for name in ("embed_dropout", "attention_dropout", "residual_dropout", "activation_dropout"):
+        for name in (
+            "embed_dropout",
+            "attention_dropout",
+            "residual_dropout",
+            "activation_dropout",
+            "final_dropout",
+            "drop_path",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"config.json: {name} = {getattr(self, name)}; it must lie in [0, 1).")
         if not self.windows:
@@ -238,6 +262,37 @@ class ConfigKeys:
             raise ConfigError(f"config.json: {name} = {value!r}; it must be a token id or a list of token ids.")
         return tuple(ids)
 
+    def architecture(self, *allowed: str) -> str:
+        """Which of transformers' classes wrote the file, so which heads lie in it; the first where none is named."""
+        given = self.raw.get("architectures") or [allowed[0]]
+        if not isinstance(given, list) or len(given) != 1 or given[0] not in allowed:
+            raise ConfigError(
+                f"config.json: architectures = {str(given)[:80]} is not known for model_type "
+                f"{self.raw.get('model_type')!r}; known: {', '.join(allowed)}."
+            )
+        return str(given[0])
+
+    def num_labels(self) -> int:
+        """How many classes a classification head tells apart: those that id2label names; transformers' default is 2."""
+        names = self.raw.get("id2label")
+        count = self.size("num_labels", 2 if names is None else len(names) if isinstance(names, dict) else 0)
+        if names is not None and (not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}):
+            raise ConfigError(
+                f'config.json: id2label = {str(names)[:80]}; it must name the classes "0", "1" and so on.'
+            )
+        if not _is_size(count) or (names is not None and count != len(names)):
+            raise ConfigError(f"config.json: {count} classes, and id2label names {len(names or {})}; give one number.")
+        return int(count)
+
+    def special_tokens(self) -> dict[str, Any]:
+        """bos_token_id, eos_token_ids, pad_token_id."""
+        bos, pad = self.token_ids("bos_token_id"), self.token_ids("pad_token_id")
+        return {
+            "bos_token_id": bos[0] if bos else None,
+            "eos_token_ids": self.token_ids("eos_token_id"),
+            "pad_token_id": pad[0] if pad else None,
+        }
+
     def finish(self) -> None:
         """Refuse what nobody took."""
         # A null is transformers' way to write "not set".
@@ -249,6 +304,16 @@ class ConfigKeys:
                 f"{self.raw.get('model_type')!r} ({len(unknown)} unknown: {', '.join(sorted(unknown))}). "
                 f"Ignoring it could silently change the model. {nearest(name, self.known)}".strip()
             )
+
+
+def per_head(hidden_size: int, heads: int) -> int:
+    """The width of a head where config.json does not give it. Raises ConfigError when the heads do not divide."""
+    if hidden_size % heads:
+        raise ConfigError(
+            f"config.json: hidden_size = {hidden_size} does not divide into {heads} attention heads; take a number of "
+            f"heads that divides it, or, where the family has the key, say head_dim."
+        )
+    return hidden_size // heads
 
 
 def rope_from(keys: ConfigKeys) -> Rope:
@@ -293,6 +358,14 @@ ROPE_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+# Close relatives of what is read, with the reason why they are not.
+NOT_READ = {
+    "gemma3": "It is Gemma 3 with its image tower; the text half alone has model_type 'gemma3_text': its config is "
+    "`text_config`, its tensors are those under `language_model.`.",
+    "gemma2": "Of the Gemmas, the third is read: model_type 'gemma3_text'.",
+}
+
+
 def from_dict(raw: dict[str, Any]) -> ModelConfig:
     """A configuration from a config.json dictionary.
 
@@ -300,7 +373,7 @@ def from_dict(raw: dict[str, Any]) -> ModelConfig:
     """
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
-        hint = nearest(str(model_type), MODEL_TYPES)
+        hint = NOT_READ.get(str(model_type)) or nearest(str(model_type), MODEL_TYPES)
         raise ConfigError(
             f"config.json: model_type = {model_type!r} is not known; known: {', '.join(MODEL_TYPES)}. {hint}".strip()
         )

@@ -6,6 +6,8 @@ Which ones a checkpoint has is said by `architectures` in its config.json; `conf
     mlm        norm(act(W h)), then the tied unembedding + bias    masked tokens
     nsp        pooler -> 2                                         is the second segment the next one?
     classify   a sentence's (or image's) class                     labels B C
+    classify_tanh, classify_relu   a sentence's, from the first token by a dense layer: RoBERTa, DistilBERT
+    classify_mean   an image's, from [CLS] and the patches' mean    DINOv2
     tag        every token's class                                 labels B L C
 """
 
@@ -40,7 +42,7 @@ class MaskedLMTransform(nn.Module):
         super().__init__()
         self.dense = dense_linear(config.hidden_size, config.hidden_size, bias=True)
         self.layernorm = norm_from(config)
-        self.act = activation(config.hidden_act)
+        self.act = activation(config.transform_act or config.hidden_act)
 
     def forward(self, h_BLD: Tensor) -> Tensor:
         normed: Tensor = self.layernorm(self.act(self.dense(h_BLD)))
@@ -48,13 +50,14 @@ class MaskedLMTransform(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """dropout, a dense layer with its activation if the family has one, dropout, one row per class."""
+    """dropout, a dense layer with its activation if the family has one, dropout, one row per class. It reads vectors of
+    `size` (default: hidden_size)."""
 
-    def __init__(self, config: ModelConfig, num_labels: int, act: str | None = None):
+    def __init__(self, config: ModelConfig, num_labels: int, act: str | None = None, size: int | None = None):
         super().__init__()
         self.dense = dense_linear(config.hidden_size, config.hidden_size, bias=True) if act else None
         self.act = activation(act) if act else None
-        self.out_proj = dense_linear(config.hidden_size, num_labels, bias=True)
+        self.out_proj = dense_linear(size or config.hidden_size, num_labels, bias=True)
         self.dropout = config.classifier_dropout
 
     def forward(self, h_BD: Tensor) -> Tensor:

@@ -97,6 +97,11 @@ def cut(tensor: Tensor, stored: Stored, is_weight: bool) -> Tensor:
     if stored.transposed and is_weight:
         tensor = tensor.t()
     if stored.shape and is_weight:
+        if tensor.shape[1:] != stored.shape:
+            raise ModelFileError(
+                f"tensor {stored.name}.weight has shape {tuple(tensor.shape)}; a convolution's, (out, "
+                f"{', '.join(map(str, stored.shape))}), is needed."
+            )
         tensor = tensor.flatten(1)
     if stored.parts == 1:
         return tensor
@@ -132,6 +137,15 @@ def to_file(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     return {
         name: join(parts, stored, _is_weight(name, stored)).contiguous() for name, (stored, parts) in groups.items()
     }
+
+
+def complete(tensors: dict[str, Tensor], config: Any) -> None:
+    """In place: put the family's PREFIX before names that lack it all together, as in files of the model without its
+    head (GPT2Model) and in the first ones of GPT-2."""
+    prefix = getattr(family_of(config), "PREFIX", "")
+    if prefix and not any(name.startswith(prefix) for name in tensors):
+        for name in [name for name in tensors if not name.startswith("lm_head.")]:
+            tensors[prefix + name] = tensors.pop(name)
 
 
 def from_file(tensors: dict[str, Tensor], config: Any, wanted: Iterable[str]) -> dict[str, Tensor]:

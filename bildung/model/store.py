@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,27 @@ from bildung.tokens.tokenizer import Tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+BESIDE = ("generation_config.json", "preprocessor_config.json")  # of a model's directory: kept when it is saved
+
+
+class NoTokenizer:
+    """What stands for the tokenizer of a model that reads no text: any use of it says so."""
+
+    def __init__(self, model_type: str):
+        self.model_type = model_type
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copy, pickle and the like ask every object for
+            raise AttributeError(name)
+        raise ModelFileError(f"a {self.model_type} reads images; it has no tokenizer.")
+
+
 @dataclass
 class LanguageModel:
-    """A model with everything needed to use it. `base`: the directory of its full weights (of an adapter: its base)."""
+    """A model with everything needed to use it. `base`: the directory of its full weights (of an adapter: its base).
+
+    A model of images has no tokenizer; `tokenizer` is then a NoTokenizer.
+    """
 
     model: Any  # a kind of Model (see base.py)
     tokenizer: Tokenizer
@@ -71,11 +89,17 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageMo
         adapter_file.add_to(lm.model, path, settings)
         return replace(lm, record=record, path=path)
     config = read_config(path)
-    tokenizer = Tokenizer.load(path)
-    tokenizer.check_fits(config.vocab_size)
+    tokenizer = no_tokenizer(config) if config.kind == "vision" else Tokenizer.load(path)
+    if config.kind != "vision":
+        tokenizer.check_fits(config.vocab_size)
     model = assemble(config, dict(read_tensors(path)), dtype)
     attachments.read(model, path)
-    return LanguageModel(model, tokenizer, config, record, path, base=path)
+    return LanguageModel(model, tokenizer, model.config, record, path, base=path)
+
+
+def no_tokenizer(config: BaseConfig) -> Tokenizer:
+    """The stand-in of a model that reads no text."""
+    return cast(Tokenizer, NoTokenizer(config.model_type))
 
 
 def _warn_of_another_base(path: Path, record: Record | None, base: Path) -> None:
@@ -102,11 +126,15 @@ def assemble(config: BaseConfig, tensors: dict[str, Tensor], dtype: str | None =
 
     Raises ModelFileError for a missing, left-over, misshapen or non-finite tensor.
     """
+    present = getattr(names.family_of(config), "present", None)
+    if present is not None:  # a head that the files may have or not, and config.json does not say
+        config = replace(config, **present(config, tensors))
     with torch.device("meta"):
         model = make(config)
     for name in [name for name in tensors if name.endswith((".gamma", ".beta"))]:  # BERT's first files
         stem, _, leaf = name.rpartition(".")
         tensors[f"{stem}.{'weight' if leaf == 'gamma' else 'bias'}"] = tensors.pop(name)
+    names.complete(tensors, config)
     table = names.places(config)
     _load_stores(model, tensors, table, dtype)
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
@@ -188,7 +216,8 @@ def save(lm: LanguageModel, path: str | Path) -> Path:
 
 def write_model(lm: LanguageModel, directory: Path) -> None:
     """Write a model's files into `directory`: an adapter when it carries deltas, else all of its weights."""
-    lm.tokenizer.save(directory)
+    if not isinstance(lm.tokenizer, NoTokenizer):
+        lm.tokenizer.save(directory)
     if any(linear.deltas for linear in lm.model.linears().values()):
         _check_base(lm)
         adapter_file.write(lm.model, directory, base=lm.base)
@@ -201,9 +230,9 @@ def write_model(lm: LanguageModel, directory: Path) -> None:
     if (described := _quantization(lm.model, dtype)) is not None:
         raw["quantization_config"] = described
     (directory / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    generation = lm.base / "generation_config.json" if lm.base is not None else None
-    if generation is not None and generation.exists():
-        shutil.copyfile(generation, directory / "generation_config.json")
+    for beside in (lm.base / name for name in BESIDE) if lm.base is not None else ():
+        if beside.exists():
+            shutil.copyfile(beside, directory / beside.name)
     write_tensors(state_tensors(lm.model), directory)
     attachments.write(lm.model, directory)
 
@@ -213,7 +242,9 @@ def _check_base(lm: LanguageModel) -> None:
     if lm.base is None or not (lm.base / "config.json").exists():
         return
     own = state_tensors(lm.model)
-    for name, stored in read_tensors(lm.base):
+    there = dict(read_tensors(lm.base))
+    names.complete(there, lm.config)
+    for name, stored in there.items():
         if name.endswith((QUANT_STATE, "rotary_emb.inv_freq")) or (name == "lm_head.weight" and name not in own):
             continue
         if name not in own or not torch.equal(stored.to(own[name].dtype), own[name]):

@@ -55,6 +55,7 @@ class Block(nn.Module):
         super().__init__()
         site, before = f"{prefix}layers.{layer}", config.norm_placement != "post"
         self.post, self.parallel, self.dropout = not before, config.parallel_residual, config.residual_dropout
+        self.drop_path = config.drop_path
         self.input_layernorm = norm_from(config)
         self.self_attn = Attention(config, taps, f"{site}.attn", layer)
         if config.cross:
@@ -66,8 +67,8 @@ class Block(nn.Module):
         sandwich = config.norm_placement == "sandwich"
         self.attn_out_layernorm = norm_from(config) if sandwich else None
         self.mlp_out_layernorm = norm_from(config) if sandwich else None
-        self.attn_scale = LayerScale(config.hidden_size) if config.layer_scale else None
-        self.mlp_scale = LayerScale(config.hidden_size) if config.layer_scale else None
+        self.attn_scale = LayerScale(config.hidden_size) if config.layer_scale is not None else None
+        self.mlp_scale = LayerScale(config.hidden_size) if config.layer_scale is not None else None
         self.cross = config.cross
         self.taps = taps
         self.pre_site, self.mid_site, self.cross_site, self.post_site = (
@@ -107,7 +108,12 @@ class Block(nn.Module):
         return added_BLD if scale is None else scale(added_BLD)
 
     def _drop(self, added_BLD: Tensor) -> Tensor:
-        return F.dropout(added_BLD, self.dropout, self.training) if self.dropout else added_BLD
+        if self.dropout:
+            added_BLD = F.dropout(added_BLD, self.dropout, self.training)
+        if self.drop_path and self.training:  # all of what is added, for some of the examples
+            kept_B = added_BLD.new_ones(len(added_BLD), 1, 1)
+            added_BLD = added_BLD * F.dropout(kept_B, self.drop_path, self.training)
+        return added_BLD
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,9 @@ class Stack(nn.Module):
         masks, rotations = self._masks(x_BLD, reading), self._rotations(reading.positions_BL, x_BLD.dtype)
         for block, window in zip(self.layers, self.config.windows, strict=True):
             x_BLD = block(x_BLD, rotations[window], masks[window], reading.kv_cache, memory)
-        return self.final(x_BLD)
+        h_BLD = self.final(x_BLD)
+        dropout = self.config.final_dropout
+        return F.dropout(h_BLD, dropout, self.training) if dropout else h_BLD
 
     def final(self, x_BLD: Tensor) -> Tensor:
         """The final norm, which post-norm models lack."""

@@ -110,6 +110,10 @@ class CausalLM(Model):
         """Final-norm output -> logits (any leading dimensions)."""
         raise NotImplementedError
 
+    def select(self, rows_B: Tensor) -> CausalLM:
+        """This model for other rows of a batch (beam search): itself, unless each row has a source of its own."""
+        return self
+
     def forward(
         self,
         tokens_BL: Tensor,

@@ -26,14 +26,14 @@ import psutil
 import torch
 from torch import Tensor
 
+from bildung.model.base import Model
 from bildung.model.linear import Dense, Joint, Linear
-from bildung.model.transformer import Decoder
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @contextmanager
-def packed(model: Decoder) -> Iterator[None]:
+def packed(model: Model) -> Iterator[None]:
     """Lend the dense matrices on the CPU a packed copy in the model's dtype while the block runs.
 
     Weights must not change inside. Passes that record gradients use the ordinary matrices. Does nothing where it cannot
@@ -53,7 +53,7 @@ def packed(model: Decoder) -> Iterator[None]:
             cast(Dense, linear.base).packed = linear.joint = None
 
 
-def _lend(model: Decoder, linears: Sequence[Linear]) -> None:
+def _lend(model: Model, linears: Sequence[Linear]) -> None:
     """Joint copies to groups of plain matrices, single ones to the others."""
     left = dict.fromkeys(linears)
     for module in model.modules():

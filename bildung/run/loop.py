@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError, ModelFileError, SettingsError
+from bildung.model.base import CausalLM
 from bildung.model.kv_cache import KVCache
 from bildung.model.packed import packed
-from bildung.model.transformer import Decoder
 from bildung.run.decode import Choose, LogitsRule, apply, greedy
 
 WORTH_PACKING = 16  # so many steps gain what packing the matrices costs
@@ -53,7 +53,7 @@ class Answer:
 
 
 def decode(
-    model: Decoder,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
@@ -78,7 +78,7 @@ def decode(
 # As a decorator, inference mode covers the loop's own work only; a `with` block in a generator leaks to the caller.
 @torch.inference_mode()
 def decode_steps(
-    model: Decoder,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
@@ -107,8 +107,8 @@ def decode_steps(
         kv_cache = model.kv_cache(len(prompts), tokens_BL.shape[1] + new_tokens - 1)
     ids = [list(prompt) for prompt in prompts]
     running = [True] * len(prompts)
-    with _working(model, pack=new_tokens >= WORTH_PACKING):
-        logits_BV = _last_logits(model, tokens_BL[:, past:], keep_BL, _positions(keep_BL), kv_cache)
+    with working(model, pack=new_tokens >= WORTH_PACKING):
+        logits_BV = last_logits(model, tokens_BL[:, past:], keep_BL, positions_of(keep_BL), kv_cache)
         for count in range(1, new_tokens + 1):
             logits_BV = apply(rules, logits_BV, ids)
             total_B = logits_BV.logsumexp(dim=-1)
@@ -124,17 +124,17 @@ def decode_steps(
             if count == new_tokens or not any(running):
                 return
             if kv_cache is not None:
-                positions_B1 = None if keep_BL is None else _positions(keep_BL)[:, -1:] + count  # type: ignore[index]
-                logits_BV = _last_logits(model, tokens_B[:, None], None, positions_B1, kv_cache)
+                positions_B1 = None if keep_BL is None else positions_of(keep_BL)[:, -1:] + count  # type: ignore[index]
+                logits_BV = last_logits(model, tokens_B[:, None], None, positions_B1, kv_cache)
             else:
                 tokens_BL = torch.cat((tokens_BL, tokens_B[:, None]), dim=1)
                 if keep_BL is not None:
                     keep_BL = torch.cat((keep_BL, keep_BL.new_ones(len(prompts), 1)), dim=1)
-                logits_BV = _last_logits(model, tokens_BL, keep_BL, _positions(keep_BL), None)
+                logits_BV = last_logits(model, tokens_BL, keep_BL, positions_of(keep_BL), None)
 
 
 @contextmanager
-def _working(model: Decoder, pack: bool) -> Iterator[None]:
+def working(model: CausalLM, pack: bool) -> Iterator[None]:
     """The model in evaluation mode (no dropout in what is generated) and, if wanted, with packed matrices."""
     was_training = model.training
     if was_training:
@@ -150,8 +150,8 @@ def _working(model: Decoder, pack: bool) -> Iterator[None]:
             model.train()
 
 
-def _last_logits(
-    model: Decoder, tokens_BL: Tensor, keep_BL: Tensor | None, positions_BL: Tensor | None, kv_cache: KVCache | None
+def last_logits(
+    model: CausalLM, tokens_BL: Tensor, keep_BL: Tensor | None, positions_BL: Tensor | None, kv_cache: KVCache | None
 ) -> Tensor:
     """Logits after the last token; the unembedding, a fifth of a small model's work, is done for that one only."""
     h_BLD = model.hidden(tokens_BL, keep_BL=keep_BL, positions_BL=positions_BL, kv_cache=kv_cache)
@@ -168,12 +168,12 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     return tokens_BL, keep_BL
 
 
-def _positions(keep_BL: Tensor | None) -> Tensor | None:
+def positions_of(keep_BL: Tensor | None) -> Tensor | None:
     """0, 1, 2... from the first real token of each row."""
     return None if keep_BL is None else (keep_BL.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def check(model: Decoder, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+def check(model: CausalLM, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
     """Raises SettingsError or DataError when these prompts cannot be answered."""
     if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
         raise SettingsError(f"new_tokens = {new_tokens!r}; it must be a whole number from 1.")

@@ -3,6 +3,8 @@
 [CLS] the cat [MASK] [SEP] -> embed -> blocks without a causal mask -> states ─┬─ mlm: what stood at [MASK]
                                                                                ├─ pooler -> nsp, classify
                                                                                └─ tag: a label per token
+
+Where segment vectors are missing (RoBERTa, DistilBERT), the separators alone tell two sentences apart.
 """
 
 # B batch, L length, D hidden_size, V vocabulary, C classes
@@ -12,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bildung.core.errors import ModelFileError
+from bildung.core.errors import DataError, ModelFileError
 from bildung.model.base import Model
 from bildung.model.config import ModelConfig
 from bildung.model.heads import ClassificationHead, MaskedLMTransform, Pooler
-from bildung.model.linear import Dense, Linear
+from bildung.model.linear import Dense, Linear, dense_linear
 from bildung.model.transformer import Backbone, logits_from, stack_sites
 
 
@@ -34,10 +36,10 @@ class Encoder(Model):
         tied = self.model.embed_tokens.weight if config.tie_word_embeddings else None
         weight = tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.lm_head = Linear(Dense(weight), bias=True) if "mlm" in heads else None
-        self.nsp_head = ClassificationHead(config, 2) if "nsp" in heads else None
-        dense_act = {"classify_tanh": "tanh", "classify_relu": "relu"}
+        self.nsp_head = dense_linear(config.hidden_size, 2, bias=True) if "nsp" in heads else None
         kind = next((head for head in heads if head.startswith("classify")), None)
-        self.classifier = ClassificationHead(config, config.num_labels, dense_act.get(kind)) if kind else None
+        act = {"classify_tanh": "tanh", "classify_relu": "relu"}.get(kind or "")
+        self.classifier = ClassificationHead(config, config.num_labels, act) if kind else None
         self.tagger = ClassificationHead(config, config.num_labels) if "tag" in heads else None
         self.sites = {**stack_sites(config), **({"logits": "B L V"} if "mlm" in heads else {})}
         self.name_linears()
@@ -51,7 +53,13 @@ class Encoder(Model):
         segments_BL: Tensor | None = None,
         types_BL: Tensor | None = None,
     ) -> Tensor:
-        """The last states BLD. types_BL: 0 for the first sentence of a pair, 1 for the second. The rest as CausalLM."""
+        """The last states BLD. types_BL: 0 for the first sentence of a pair, 1 for the second. The rest as CausalLM.
+
+        Raises DataError for a segment that the model has no vector for, and as CausalLM.
+        """
+        types_BL = self._types(types_BL)
+        if positions_BL is None and keep_BL is not None and self.config.position_offset:
+            positions_BL = (keep_BL.long().cumsum(1) - 1).clamp(min=0)  # RoBERTa counts real tokens only
         return self.model(
             tokens_BL,
             self.dtype,
@@ -60,6 +68,15 @@ class Encoder(Model):
             segments_BL=segments_BL,
             types_BL=types_BL,
         )
+
+    def _types(self, types_BL: Tensor | None) -> Tensor | None:
+        known = self.config.token_types
+        if types_BL is None or known < 2:  # without segment vectors, or with one for all: nothing to choose
+            return None
+        on_cpu = types_BL.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and int(types_BL.max()) >= known:
+            raise DataError(f"segment {int(types_BL.max())} was given; the model knows segments 0 to {known - 1}.")
+        return types_BL
 
     def forward(
         self,
@@ -97,7 +114,9 @@ class Encoder(Model):
         """Logits BC of the sentence's class."""
         if self.classifier is None:
             raise self._lacks("classify")
-        return self.classifier(self.pooled(h_BLD))
+        by_pooler = "classify" in self.config.heads  # BERT; the other families' heads read the first token themselves
+        logits_BC: Tensor = self.classifier(self.pooled(h_BLD) if by_pooler else h_BLD[:, 0])
+        return logits_BC
 
     def tag(self, h_BLD: Tensor) -> Tensor:
         """Logits BLC of every token's class."""

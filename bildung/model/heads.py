@@ -59,9 +59,10 @@ class ClassificationHead(nn.Module):
         self.act = activation(act) if act else None
         self.out_proj = dense_linear(size or config.hidden_size, num_labels, bias=True)
         self.dropout = config.classifier_dropout
+        self.dropout_below = 0.0 if act == "relu" else self.dropout  # DistilBERT's dense layer reads the whole state
 
     def forward(self, h_BD: Tensor) -> Tensor:
-        h_BD = F.dropout(h_BD, self.dropout, self.training)
+        h_BD = F.dropout(h_BD, self.dropout_below, self.training)
         if self.dense is not None and self.act is not None:
             h_BD = F.dropout(self.act(self.dense(h_BD)), self.dropout, self.training)
         return self.out_proj(h_BD)

@@ -139,6 +139,12 @@ def to_file(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     }
 
 
+def repeated(config: Any) -> tuple[str, ...]:
+    """Patterns of tensors that a file may hold and nobody needs: they repeat others or follow from the config."""
+    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
+    return (*getattr(family_of(config), "REPEATED", tied), "*rotary_emb.inv_freq")
+
+
 def complete(tensors: dict[str, Tensor], config: Any) -> None:
     """In place: put the family's PREFIX before names that lack it all together, as in files of the model without its
     head (GPT2Model) and in the first ones of GPT-2."""

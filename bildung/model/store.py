@@ -159,9 +159,7 @@ def assemble(config: BaseConfig, tensors: dict[str, Tensor], dtype: str | None =
         tensor = tensor.to(DTYPES[dtype] if dtype else tensor.dtype).contiguous()
         setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
     model.tie()
-    # What repeats another tensor (a tied matrix) or follows from the config (old files keep it).
-    repeated = getattr(names.family_of(config), "REPEATED", ("lm_head.weight",) if config.tie_word_embeddings else ())
-    left = [key for key in tensors if not any(fnmatch(key, known) for known in (*repeated, "*rotary_emb.inv_freq"))]
+    left = [key for key in tensors if not any(fnmatch(key, known) for known in names.repeated(config))]
     if left:
         raise ModelFileError(f"{len(left)} tensors belong nowhere in this model, the first is {left[0]}.")
     return model.eval()
@@ -241,11 +239,12 @@ def _check_base(lm: LanguageModel) -> None:
     """An adapter keeps the deltas alone. Raises OutputError when the rest is not what lies in the base's directory."""
     if lm.base is None or not (lm.base / "config.json").exists():
         return
-    own = state_tensors(lm.model)
-    there = dict(read_tensors(lm.base))
+    own, there = state_tensors(lm.model), dict(read_tensors(lm.base))
     names.complete(there, lm.config)
     for name, stored in there.items():
-        if name.endswith((QUANT_STATE, "rotary_emb.inv_freq")) or (name == "lm_head.weight" and name not in own):
+        if name.endswith(QUANT_STATE) or (
+            name not in own and any(fnmatch(name, known) for known in names.repeated(lm.config))
+        ):
             continue
         if name not in own or not torch.equal(stored.to(own[name].dtype), own[name]):
             raise OutputError(

@@ -1,14 +1,16 @@
 """GPT-2: learned positions, LayerNorm before each sublayer, GELU (tanh form), biases everywhere (Radford et al. 2019).
 
-Its files keep q, k and v in one matrix and store every matrix as [in, out] (TensorFlow's order, "Conv1D").
+Its files keep q, k and v in one matrix and store every matrix as [in, out] (TensorFlow's order, "Conv1D"). The first
+ones, the published checkpoints among them, lack the `transformer.` before each name; they are read too.
 """
 
 from __future__ import annotations
 
-from bildung.model.config import ConfigKeys, ModelConfig
+from bildung.model.config import ConfigKeys, ModelConfig, per_head
 from bildung.model.names import Names, Stored
 
 ARCHITECTURE = "GPT2LMHeadModel"
+PREFIX = "transformer."
 REPEATED = ("lm_head.weight", "*.attn.bias", "*.attn.masked_bias")  # the tied matrix; the causal mask as a buffer
 
 
@@ -20,10 +22,10 @@ def config(keys: ConfigKeys) -> ModelConfig:
     keys.require("scale_attn_by_inverse_layer_idx", False)
     keys.require("reorder_and_upcast_attn", False)
     keys.require("add_cross_attention", False)
+    keys.require("is_encoder_decoder", False)
     for name in ("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels"):
         keys.take(name, None)  # heads for multiple choice, which are not built here
     keys.take("summary_first_dropout", None)
-    bos, pad = keys.token_ids("bos_token_id"), keys.token_ids("pad_token_id")
     return ModelConfig(
         model_type="gpt2",
         vocab_size=keys.size("vocab_size", 50257),
@@ -32,7 +34,7 @@ def config(keys: ConfigKeys) -> ModelConfig:
         num_hidden_layers=keys.size("n_layer", 12),
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        head_dim=hidden_size // heads,
+        head_dim=per_head(hidden_size, heads),
         max_position_embeddings=keys.size("n_positions", 1024),
         norm="layer",
         norm_eps=keys.number("layer_norm_epsilon", 1e-5),
@@ -48,9 +50,7 @@ def config(keys: ConfigKeys) -> ModelConfig:
         residual_dropout=keys.number("resid_pdrop", 0.1),
         initializer_range=keys.number("initializer_range", 0.02),
         init="gpt2",
-        bos_token_id=bos[0] if bos else None,
-        eos_token_ids=keys.token_ids("eos_token_id"),
-        pad_token_id=pad[0] if pad else None,
+        **keys.special_tokens(),
     )
 
 

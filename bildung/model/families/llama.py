@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bildung.model.config import ConfigKeys, ModelConfig, rope_from
+from bildung.model.config import ConfigKeys, ModelConfig, per_head, rope_from
 
 ARCHITECTURE = "LlamaForCausalLM"
 
@@ -17,8 +17,6 @@ def decoder_keys(keys: ConfigKeys) -> dict[str, Any]:
     """The keys that Llama, Mistral, Qwen2 and Qwen3 share."""
     heads = keys.size("num_attention_heads")
     hidden_size = keys.size("hidden_size")
-    pad = keys.token_ids("pad_token_id")
-    bos = keys.token_ids("bos_token_id")
     keys.require("is_encoder_decoder", False)
     keys.require("partial_rotary_factor", 1.0)
     return {
@@ -29,7 +27,7 @@ def decoder_keys(keys: ConfigKeys) -> dict[str, Any]:
         "num_hidden_layers": keys.size("num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": keys.size("num_key_value_heads", heads),
-        "head_dim": keys.size("head_dim", hidden_size // heads),
+        "head_dim": keys.size("head_dim", None) or per_head(hidden_size, heads),
         "max_position_embeddings": keys.size("max_position_embeddings"),
         "norm_eps": float(keys.number("rms_norm_eps", 1e-6)),
         "hidden_act": keys.require("hidden_act", "silu"),
@@ -37,9 +35,7 @@ def decoder_keys(keys: ConfigKeys) -> dict[str, Any]:
         "rope": rope_from(keys),
         "tie_word_embeddings": keys.flag("tie_word_embeddings", False),
         "initializer_range": float(keys.number("initializer_range", 0.02)),
-        "bos_token_id": bos[0] if bos else None,
-        "eos_token_ids": keys.token_ids("eos_token_id"),
-        "pad_token_id": pad[0] if pad else None,
+        **keys.special_tokens(),
     }
 
 

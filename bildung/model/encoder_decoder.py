@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bildung.core.errors import DataError
 from bildung.model.attention import Memory
 from bildung.model.base import CausalLM, Model
 from bildung.model.config import ModelConfig
@@ -41,6 +42,9 @@ class EncoderDecoder(Model):
         tied = self.shared.weight if config.tie_word_embeddings else None
         head = tied if tied is not None else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.lm_head = Linear(Dense(head), bias=config.head_bias)
+        # A parameter, so that it is saved, loaded and moved like all numbers; `unembed` lets no gradient through to it.
+        bias_1V = nn.Parameter(torch.zeros(1, config.vocab_size), requires_grad=False)
+        self.final_logits_bias = bias_1V if config.logits_bias else None
         encoder, decoder = stack_sites(config.encoder, "encoder."), stack_sites(config, "decoder.")
         self.sites = {**encoder, **decoder, "logits": "B L V"}
         self.name_linears()
@@ -50,8 +54,18 @@ class EncoderDecoder(Model):
         return self.shared
 
     def encode(self, source_BS: Tensor, keep_BS: Tensor | None = None) -> Memory:
-        """The encoder's states, to be looked at by the decoder. keep_BS: False marks padding."""
-        return Memory(self.encoder(source_BS, self.dtype, keep_BL=keep_BS), keep_BS)
+        """The encoder's states, to be looked at by the decoder. keep_BS: False marks padding.
+
+        Positions count the real tokens of a row, so padding on either side changes nothing. (transformers counts
+        columns: BART answers a source differently when it is padded on the left.)
+        Raises DataError for a row without any real token, whose attention would be 0/0.
+        """
+        positions_BS = None
+        if keep_BS is not None:
+            if keep_BS.device.type == "cpu" and not bool(keep_BS.any(dim=1).all()):
+                raise DataError("a source without a single real token was given; a decoder has nothing to look at.")
+            positions_BS = (keep_BS.cumsum(dim=1) - 1).clamp(min=0)
+        return Memory(self.encoder(source_BS, self.dtype, positions_BL=positions_BS, keep_BL=keep_BS), keep_BS)
 
     def given(self, source_BS: Tensor, keep_BS: Tensor | None = None) -> Conditioned:
         """The decoder as a causal language model of the target, with this source in mind (one row per target row)."""
@@ -70,38 +84,36 @@ class EncoderDecoder(Model):
 
     def unembed(self, h_BLD: Tensor) -> Tensor:
         """The decoder's final states -> logits."""
-        return self.taps("logits", logits_from(self.config, self.lm_head, h_BLD))
+        logits_BLV = logits_from(self.config, self.lm_head, h_BLD)
+        if self.final_logits_bias is not None:
+            logits_BLV = logits_BLV + self.final_logits_bias.detach()[0].to(logits_BLV.dtype)
+        return self.taps("logits", logits_BLV)
 
 
 class Conditioned(CausalLM):
-    """A decoder that has read its source. Holds no weights of its own; made anew for every source."""
+    """A decoder that has read its source. Its weights are the whole's; made anew for every source."""
 
     config: ModelConfig
-
-    def __init__(self, whole: EncoderDecoder, memory: Memory):
-        nn.Module.__init__(self)
-        # Seen by nobody's parameters(), state_dict() or train(): the weights belong to the whole.
-        object.__setattr__(self, "whole", whole)
-        self.config, self.taps, self.memory = whole.config, whole.taps, memory
-        self.training = whole.training
-
     whole: EncoderDecoder
 
-    @property
-    def lm_head(self) -> Linear:
-        """The whole's unembedding."""
-        return self.whole.lm_head
+    def __init__(self, whole: EncoderDecoder, memory: Memory):
+        super().__init__(whole.config)
+        # Only the decoder's half is a part of it: what decodes needs, moves and packs no encoder.
+        object.__setattr__(self, "whole", whole)
+        self.decoder, self.lm_head = whole.decoder, whole.lm_head
+        self.taps, self.sites, self.compute_dtype = whole.taps, whole.sites, whole.compute_dtype
+        self.memory = memory
+        self.training = whole.training
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.whole.dtype
+    def embedding(self) -> nn.Module:
+        return self.whole.shared
 
-    @property
-    def device(self) -> torch.device:
-        return self.whole.device
-
-    def linears(self) -> dict[str, Linear]:
-        return self.whole.linears()
+    def train(self, mode: bool = True) -> Conditioned:
+        """Switches the whole model's dropout: the weights that work here are the whole's."""
+        self.whole.train(mode)
+        self.training = mode
+        return self
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
         return KVCache(self.config, batch_size, max_length, self.dtype, self.device)
@@ -121,7 +133,10 @@ class Conditioned(CausalLM):
         prefix_BL: Tensor | None = None,
         kv_cache: Any = None,
     ) -> Tensor:
-        return self.whole.decoder(
+        sources = self.memory.states_BSD.shape[0]
+        if sources != tokens_BL.shape[0]:
+            raise DataError(f"{tokens_BL.shape[0]} target rows were given for {sources} sources; one each is needed.")
+        return self.decoder(
             tokens_BL,
             self.dtype,
             positions_BL=positions_BL,
@@ -133,7 +148,7 @@ class Conditioned(CausalLM):
         )
 
     def final_norm(self, x_BLD: Tensor) -> Tensor:
-        return self.whole.decoder.final(x_BLD)
+        return self.decoder.final(x_BLD)
 
     def unembed(self, h_BLD: Tensor) -> Tensor:
         return self.whole.unembed(h_BLD)

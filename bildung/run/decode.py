@@ -130,6 +130,17 @@ def repetition_penalty(penalty: float) -> LogitsRule:
     return rule
 
 
+def only_known(vocab_size: int) -> LogitsRule:
+    """Only ids of the tokenizer: an unembedding may be padded to a round size; its last rows are no tokens."""
+
+    def rule(logits_BV: Tensor, ids: Ids) -> Tensor:
+        logits_BV = logits_BV.clone()
+        logits_BV[:, vocab_size:] = FORBIDDEN
+        return logits_BV
+
+    return rule
+
+
 def greedy(logits_BV: Tensor) -> Tensor:
     """The likeliest token; of equal ones the lowest id."""
     return logits_BV.argmax(dim=-1)

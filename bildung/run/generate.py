@@ -2,6 +2,7 @@
 
     bildung generate DIR "The capital of France is" --new-tokens 16
     bildung generate DIR "Write a haiku" --chat --temperature 0.8 --seed 1
+    bildung generate DIR "Once upon a time" --beams 4 --n-best 4
 
 A prompt becomes token ids once; from there on only ids are appended. What is given back is the answer alone, without
 the prompt, without the stop token, cut before the first stop string.
@@ -10,17 +11,19 @@ the prompt, without the stop token, cut before the first stop string.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
-from torch import Tensor
 
 from bildung.core.errors import DataError, SettingsError
-from bildung.core.settings import settings
+from bildung.core.settings import resolve, settings
 from bildung.model.kv_cache import KVCache
-from bildung.run.decode import FORBIDDEN, Ids, LogitsRule, Sampling
+from bildung.run.beam import Beam
+from bildung.run.decode import Sampling, only_known
 from bildung.run.loop import decode_steps
+from bildung.run.write import CONTEXT_OF_TEXT, write
 from bildung.tokens.chat_template import encode_chat
 from bildung.tokens.stream import StreamDecoder
 
@@ -29,11 +32,9 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[Mapping[str, object]]
 
-CONTEXT_OF_TEXT = 8  # so many tokens of the prompt decide how the answer's first one is written
-
 
 @settings
-class Command(Sampling):
+class Command(Sampling, Beam):
     """Generating text."""
 
     directory: tyro.conf.Positional[Path]  # a model or adapter directory, or a .gguf file
@@ -49,6 +50,13 @@ def command(settings: Command) -> None:
 
     lm = load(settings.directory)
     ids = encode_prompt(lm, settings.prompt, settings.chat)
+    if (beam := _beam(vars(settings))) != Beam():
+        found = write(
+            lm.model, lm.tokenizer, [ids], settings.new_tokens, sampling=settings, beam=beam, stop=settings.stop
+        )
+        for one in found[0]:
+            print(one.text if settings.n_best == 1 else f"{one.score:.4f}\t{one.text}")
+        return
     for piece in stream(lm, ids, settings.new_tokens, sampling=settings, stop=settings.stop):
         print(piece, end="", flush=True)
     print()
@@ -56,7 +64,7 @@ def command(settings: Command) -> None:
 
 def generate(
     lm: LanguageModel,
-    prompt: Prompt,
+    prompt: Prompt | Sequence[Prompt],
     new_tokens: int = 32,
     *,
     chat: bool = False,
@@ -67,11 +75,16 @@ def generate(
     repetition_penalty: float | None = None,
     stop: str | Sequence[str] = (),
     seed: int = 0,
-) -> str:
-    """The model's answer to a text, or to a conversation (a list of messages, or a text with `chat`).
+    n_best: int | None = None,
+    **beam: Any,
+) -> Any:
+    """The model's answer (a str) to a text, or to a conversation (a list of messages, or a text with `chat`).
 
-    temperature 0 is greedy decoding. Raises SettingsError for a value out of range and for a prompt that does not fit
-    the model's context together with its answer; DataError for an empty prompt; ChatTemplateError without a template.
+    A list of texts, or of conversations, is answered in one batch by the list of their answers. temperature 0 is greedy
+    decoding. beams, length_penalty and the other settings of run/beam.py search instead; with n_best = N an answer
+    becomes the list of the N best, each with .text, .score and .log_prob.
+    Raises SettingsError for a value out of range and for a prompt that does not fit the model's context together with
+    its answer; DataError for an empty prompt; ChatTemplateError without a template.
     """
     sampling = Sampling(
         temperature=temperature,
@@ -81,7 +94,27 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    return "".join(stream(lm, encode_prompt(lm, prompt, chat), new_tokens, sampling=sampling, stop=stop))
+    searched = _beam({**beam, "n_best": 1 if n_best is None else n_best}, strict=True)
+    several = isinstance(prompt, list | tuple) and bool(prompt) and not isinstance(prompt[0], Mapping)
+    if not several and n_best is None and searched == Beam():
+        ids = encode_prompt(lm, prompt, chat)  # type: ignore[arg-type]
+        return "".join(stream(lm, ids, new_tokens, sampling=sampling, stop=stop))
+    prompts = [encode_prompt(lm, one, chat) for one in (prompt if several else [prompt])]  # type: ignore[arg-type]
+    found = write(lm.model, lm.tokenizer, prompts, new_tokens, sampling=sampling, beam=searched, stop=_stops(stop))
+    answers = [written[0].text if n_best is None else written for written in found]
+    return answers if several else answers[0]
+
+
+def _beam(given: Mapping[str, Any], strict: bool = False) -> Beam:
+    """The settings of beam search among others."""
+    return resolve(Beam, given if strict else {field.name: given[field.name] for field in fields(Beam)})
+
+
+def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop:
+        raise SettingsError("a stop string is empty; every text would end before its first character.")
+    return stop
 
 
 def encode_prompt(lm: LanguageModel, prompt: Prompt, chat: bool = False) -> list[int]:
@@ -113,13 +146,11 @@ def stream(
     A piece that may be the beginning of a stop string is held back until that is decided. kv_cache: one that holds a
     beginning of `ids`, to go on with. generated: a list that receives the ids as they come, the stop token included.
     """
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stop:
-        raise SettingsError("a stop string is empty; every text would end before its first character.")
+    stop = _stops(stop)
     sampling = sampling or Sampling()
     rules = sampling.rules()
     if lm.config.vocab_size > lm.tokenizer.vocab_size:
-        rules.append(_only_known(lm.tokenizer.vocab_size))
+        rules.append(only_known(lm.tokenizer.vocab_size))
     decoder, held = StreamDecoder(lm.tokenizer, skip_special=True), ""
     decoder.context = list(ids[-CONTEXT_OF_TEXT:])
     stop_ids = lm.tokenizer.stop_ids
@@ -159,14 +190,3 @@ def _first(text: str, stop: Sequence[str]) -> int | None:
 def _may_become(text: str, stop: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins a stop string."""
     return max((n for one in stop for n in range(1, min(len(one), len(text) + 1)) if text.endswith(one[:n])), default=0)
-
-
-def _only_known(vocab_size: int) -> LogitsRule:
-    """An unembedding may be padded to a round size; its last rows are no tokens."""
-
-    def rule(logits_BV: Tensor, ids: Ids) -> Tensor:
-        logits_BV = logits_BV.clone()
-        logits_BV[:, vocab_size:] = FORBIDDEN
-        return logits_BV
-
-    return rule

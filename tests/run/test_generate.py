@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 import bildung
+from bildung.app.cli import main
 from bildung.core.errors import DataError, SettingsError
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.store import LanguageModel
-from bildung.run.decode import Sampling
+from bildung.run.beam import Beam, beam_search
+from bildung.run.decode import Sampling, only_known
 from bildung.run.generate import encode_prompt, stream
 from bildung.run.loop import decode
 from bildung.tokens.tokenizer import Tokenizer
@@ -114,3 +118,52 @@ def test_an_answer_keeps_the_space_that_sentencepiece_drops_at_the_start() -> No
     text = "".join(stream(lm, prompt, 6, sampling=Sampling(temperature=1.0), generated=generated))
     both = lm.tokenizer.decode(prompt + generated, skip_special=True)
     assert text.startswith(" ") and both == "a b a" + text
+
+
+def test_a_list_of_prompts_gives_the_list_of_their_answers(tiny_lm: LanguageModel) -> None:
+    prompts = [PROMPT, "Four", "A much longer beginning of a text"]
+    assert bildung.generate(tiny_lm, prompts, new_tokens=6) == [
+        bildung.generate(tiny_lm, prompt, new_tokens=6) for prompt in prompts
+    ]
+    message = {"role": "user", "content": PROMPT}
+    both = bildung.generate(tiny_lm, [[message], [message]], new_tokens=5, stop="e")
+    assert both == [bildung.generate(tiny_lm, [message], new_tokens=5, stop="e")] * 2
+    with pytest.raises(DataError, match="a text, or a list"):
+        bildung.generate(tiny_lm, [PROMPT, 7])
+
+
+def test_beams_are_searched_and_scored(tiny_lm: LanguageModel) -> None:
+    ids = tiny_lm.tokenizer.encode(PROMPT)
+    beam = Beam(beams=4, length_penalty=1.0, n_best=3)
+    rules = [only_known(tiny_lm.tokenizer.vocab_size)]
+    (searched,) = beam_search(
+        tiny_lm.model, [ids], new_tokens=8, beam=beam, rules=rules, stop_ids=tiny_lm.tokenizer.stop_ids
+    )
+    found = bildung.generate(tiny_lm, PROMPT, new_tokens=8, beams=4, length_penalty=1.0, n_best=3)
+    assert [(one.tokens, one.score) for one in found] == [(one.tokens, one.score) for one in searched]
+    assert bildung.generate(tiny_lm, PROMPT, new_tokens=8, beams=4, length_penalty=1.0) == found[0].text
+    assert found[0].text != bildung.generate(tiny_lm, PROMPT, new_tokens=8), "the beam finds another answer than greed"
+    several = bildung.generate(tiny_lm, [PROMPT, "Four"], new_tokens=8, beams=4, length_penalty=1.0, n_best=3)
+    assert [one.text for one in several[0]] == [one.text for one in found] and len(several[1]) == 3
+
+
+def test_settings_of_the_beam_that_would_do_nothing_are_refused(tiny_lm: LanguageModel) -> None:
+    with pytest.raises(SettingsError, match="one beam"):
+        bildung.generate(tiny_lm, PROMPT, length_penalty=1.0)
+    with pytest.raises(SettingsError, match="leave one of them out"):
+        bildung.generate(tiny_lm, PROMPT, beams=2, temperature=1.0)
+    with pytest.raises(SettingsError, match="n_best = 3 of 2 beams"):
+        bildung.generate(tiny_lm, PROMPT, beams=2, n_best=3)
+    with pytest.raises(SettingsError, match="length_penalty"):
+        bildung.generate(tiny_lm, PROMPT, beams=2, lenght_penalty=1.0)
+
+
+def test_the_command_prints_the_n_best_with_their_scores(
+    tiny_lm: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bildung.save(tiny_lm, tmp_path / "model")
+    with pytest.raises(SystemExit) as done:
+        main(["generate", str(tmp_path / "model"), PROMPT, "--beams", "3", "--n-best", "2", "--new-tokens", "5"])
+    assert done.value.code == 0
+    found = bildung.generate(bildung.load(tmp_path / "model"), PROMPT, new_tokens=5, beams=3, n_best=2)
+    assert capsys.readouterr().out == "".join(f"{one.score:.4f}\t{one.text}\n" for one in found)

@@ -46,10 +46,13 @@ def build(config: BaseConfig, seed: int = 0) -> Any:
     """A model with random float32 weights, ready to train."""
     model = make(config)
     generator = torch.Generator().manual_seed(seed)
+    drawn: set[int] = set()  # a tied unembedding is the embedding, and starts as one
     with torch.no_grad():
         for name, module in model.named_modules():
             for leaf, parameter in module.named_parameters(recurse=False):
-                _draw(f"{name}.{leaf}", module, leaf, parameter, config, generator)
+                if id(parameter) not in drawn:
+                    _draw(f"{name}.{leaf}", module, leaf, parameter, config, generator)
+                drawn.add(id(parameter))
     return model
 
 
@@ -76,7 +79,8 @@ def _draw_matrix(name: str, weight: Tensor, config: ModelConfig, generator: torc
     elif config.init == "xavier":
         weight.normal_(0.0, config.hidden_size**-0.5, generator=generator)
     elif config.init == "t5":
-        weight.normal_(0.0, _t5_spread(name, weight, config, is_embedding), generator=generator)
+        # initializer_range is T5's initializer_factor, of all of them.
+        weight.normal_(0.0, spread * _t5_spread(name, weight, config, is_embedding), generator=generator)
     else:
         into_stream = name.endswith(("o_proj.base.weight", "down_proj.base.weight"))
         if config.init == "gpt2" and into_stream:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import bildung
 from bildung.core.errors import ConfigError, DataError
 from bildung.model import attention, encoder_decoder, positions
+from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.store import LanguageModel, assemble, state_tensors
 from tests.conftest import tiny_tokenizer
@@ -135,6 +136,20 @@ def test_tying_of_t5_is_read_from_config_and_file() -> None:
         assert ours.config.logit_scale == 1.0
         assert torch.equal(state_tensors(ours)["lm_head.weight"], peer.lm_head.weight)
     assert ours_of(peer_of("t5")).config.tie_word_embeddings
+
+
+def test_t5_starts_with_the_spreads_of_its_paper() -> None:
+    raw = {"model_type": "t5", **T5, "d_model": 96, "d_kv": 16}
+    for factor in (1.0, 0.5):
+        model = build(from_dict({**raw, "initializer_factor": factor}))
+        block = model.decoder.layers[0]
+        for weight, spread in (
+            (model.shared.weight, 1.0),
+            (block.self_attn.q_proj.weight(), (96 * 16) ** -0.5),
+            (block.cross_attn.k_proj.weight(), 96**-0.5),
+            (block.mlp.down_proj.weight(), 80**-0.5),
+        ):
+            assert float(weight.detach().std()) == pytest.approx(factor * spread, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", "marian"])

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from bildung.core import ranks
 from bildung.core.errors import OutputError
 from bildung.core.hardware import PeakMemory, hardware, versions
 from bildung.core.inputs import changed, fingerprint, identify
@@ -31,7 +32,7 @@ from bildung.core.record import (
     write_record,
 )
 from bildung.core.settings import as_dict
-from bildung.core.staging import place_of_work, publish, to_disk, was_interrupted
+from bildung.core.staging import place_of_work, publish, staging_of, to_disk, was_interrupted
 
 
 class OccupiedError(OutputError):
@@ -81,13 +82,32 @@ def perform(
         "companions": {name: identify(path, out) for name, path in (companions or {}).items()},
         "data": dict(data or {}),
     }
+    source_record = read_record(source) if source is not None else None
+    if ranks.rank() > 0:
+        return _help(Job(operation, source, staging_of(out), settings, source_record), out, work)
     if (made := _up_to_date(out, inputs, force)) is not None:
+        ranks.told("up to date")
         return made
     with place_of_work(out, inputs) as staging:
-        if (made := _finished(staging, inputs)) is None:
-            source_record = read_record(source) if source is not None else None
+        made = _finished(staging, inputs)
+        ranks.told("work" if made is None else "only publish")
+        if made is None:
             made = _work(Job(operation, source, staging, settings, source_record), inputs, work)
         publish(staging, out)
+    ranks.told("published")
+    return made
+
+
+def _help(job: Job, out: Path, work: Callable[[Job], None]) -> Record:
+    """What the ranks above 0 do: the work, but neither decide nor write."""
+    said = ranks.told()
+    if said == "work":
+        work(job)
+    if said != "up to date":
+        ranks.told()  # wait until it is published
+    made = read_record(out)
+    if made is None:
+        raise OutputError(f"{out} has no record after the work of rank 0; look at its messages.")
     return made
 
 

@@ -21,9 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bildung.core import ranks
 from bildung.core.errors import TrainingError
 from bildung.core.staging import to_disk
 from bildung.model.safetensors_file import read_file
+from bildung.train.parallel import spread_like, whole
 
 NAME, TENSORS, NUMBERS = ".checkpoint-", "state.safetensors", "state.json"
 
@@ -37,7 +39,7 @@ def put(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Overwrite the trained parameters."""
     with torch.no_grad():
         for name, parameter in trained(model).items():
-            parameter.copy_(tensors[name])
+            parameter.copy_(spread_like(tensors[name], parameter))
 
 
 def save(
@@ -48,16 +50,21 @@ def save(
     counters: dict[str, Any],
     best: dict[str, Tensor],
 ) -> None:
-    """Write the state after `step` steps into `out`, then remove older ones. `counters`: JSON values of the caller."""
-    tensors: dict[str, Tensor] = {f"model.{name}": parameter.detach() for name, parameter in trained(model).items()}
-    tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
+    """Write the state after `step` steps into `out`, then remove older ones. `counters`: JSON values of the caller.
+
+    What is spread over several ranks is gathered, so every rank calls this, and rank 0 writes.
+    """
+    tensors: dict[str, Tensor] = {f"model.{name}": whole(p.detach()).cpu() for name, p in trained(model).items()}
+    tensors |= {f"best.{name}": whole(tensor).cpu() for name, tensor in best.items()}
     numbers: dict[str, dict[str, Any]] = {}
-    for index, state in optimizer.state_dict()["state"].items():
+    for index, state in _state_of(optimizer).items():
         for key, value in state.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = value
+                tensors[f"optimizer.{index}.{key}"] = whole(value).cpu()
             else:
                 numbers.setdefault(str(index), {})[key] = value
+    if ranks.rank() > 0:
+        return
     place = out / f"{NAME}{step:08d}"
     being_written = out / f"{NAME}being-written"
     shutil.rmtree(being_written, ignore_errors=True)
@@ -95,16 +102,39 @@ def load(
             f"model; it is from another run. Remove it or choose another place."
         )
     put(model, stored)
+    in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in numbers["optimizer"].items()}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".", 2)
-            state.setdefault(int(index), {})[key] = tensor
+            like = in_order[int(index)] if int(index) < len(in_order) else tensor
+            value = spread_like(tensor, like) if tensor.shape == like.shape else tensor
+            state.setdefault(int(index), {})[key] = value
     if sorted(state) != list(range(len(parameters))):
         raise TrainingError(f"{place} holds optimizer state of other parameters; it is from another run. Remove it.")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": _groups_of(optimizer)})
     best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
     return numbers["counters"], best
+
+
+def _state_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """Parameter number -> optimizer state, on rank 0 of all ranks where each keeps a part (zero1)."""
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict(to=0)
+        if ranks.rank() > 0:
+            return {}
+    return dict(optimizer.state_dict()["state"])
+
+
+def _groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Parameter groups with numbers for parameters, as state_dict() has them."""
+    groups, number = [], 0
+    for group in optimizer.param_groups:
+        count = len(group["params"])
+        numbers = list(range(number, number + count))
+        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": numbers})
+        number += count
+    return groups
 
 
 def _all(out: Path) -> list[Path]:

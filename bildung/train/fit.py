@@ -24,27 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bildung.core import ranks
 from bildung.core.errors import TrainingError
 from bildung.core.progress import progress
 from bildung.train import checkpoint
 from bildung.train.history import METRICS, History, Log, read_rows
 from bildung.train.interrupt import CtrlC
+from bildung.train.loss import LossSum, Objective
 from bildung.train.optim import Schedule, constant
+from bildung.train.parallel import Parallel, whole
 
 __all__ = ["METRICS", "History", "LossSum", "Objective", "fit", "mean_loss"]
-
-
-@dataclasses.dataclass
-class LossSum:
-    """What an objective returns. total: the loss, with its graph, summed over `count` things (target tokens, in nats;
-    pairs ...). metrics: other sums over the same things, logged as means."""
-
-    total: Tensor
-    count: int
-    metrics: Mapping[str, Tensor | float] = dataclasses.field(default_factory=dict)
-
-
-Objective = Callable[[Any, Any], LossSum]  # (model, batch); a batch has .to, .num_tokens and .num_targets
 
 
 def fit(
@@ -65,6 +55,7 @@ def fit(
     checkpoint_every: int = 0,
     tensorboard: Path | None = None,
     title: str = "training",
+    parallel: Parallel | None = None,
 ) -> History:
     """Train the parameters that require gradients for `steps` optimizer steps; the model is left in evaluation mode.
 
@@ -75,13 +66,16 @@ def fit(
     patience     stop after that many evaluations without a lower loss, and put the best weights back
     out          metrics.jsonl is written here, and checkpoints every `checkpoint_every` steps and after the last. A
                  checkpoint found here is gone on from. Ctrl-C finishes the step, leaves a checkpoint, and stops.
+    parallel     how several ranks share the work: made before the optimizer (see training.run). A step then has
+                 `micro_steps` micro-batches in all, and checkpoints fit any number of ranks
     Raises TrainingError when a step has no target or its loss or gradient is not a finite number.
     """
     if steps < 1 or micro_steps < 1:
         raise TrainingError(f"steps = {steps} and micro_steps = {micro_steps} were given; both must be at least 1.")
     if patience is not None and (evaluate is None or not evaluate_every):
         raise TrainingError("patience needs a held-out loss to watch: give evaluate and evaluate_every.")
-    run = _Run(model, batches, objective, optimizer, micro_steps, schedule or constant(), clip, seed)
+    parallel = parallel or Parallel("none", model, objective)
+    run = _Run(model, batches, parallel, optimizer, micro_steps, schedule or constant(), clip, seed)
     history, best = _resume(out, model, optimizer)
 
     def look(step: int) -> dict[str, float]:
@@ -105,7 +99,7 @@ def fit(
     devices = [parameter.device for parameter in model.parameters() if parameter.is_cuda][:1]
     with (
         torch.random.fork_rng(devices=devices),
-        Log(out, tensorboard, history) as log,
+        Log(*((out, tensorboard) if ranks.rank() == 0 else (None, None)), history) as log,
         progress(title, steps, done=history.steps) as bar,
         CtrlC() as ctrl_c,
     ):
@@ -153,7 +147,7 @@ def _resume(out: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer
 class _Run:
     model: nn.Module
     batches: Callable[[int], Any]
-    objective: Objective
+    parallel: Parallel
     optimizer: torch.optim.Optimizer
     micro_steps: int
     schedule: Schedule
@@ -172,21 +166,26 @@ class _Run:
         device = next(self.model.parameters()).device
         total, count, tokens, targets = 0.0, 0, 0, 0
         metrics: dict[str, float] = {}
-        for micro in range(self.micro_steps):
+        mine = self.parallel.mine(self.micro_steps)
+        for micro in mine:
             batch = self.batches(step * self.micro_steps + micro).to(device)
-            loss = self.objective(self.model, batch)
-            value = float(loss.total.detach())
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"step {step + 1}: the loss is {value}. Lower learning_rate, set clip, or use precision fp32; "
-                    f"what was learned up to the last checkpoint is kept."
-                )
-            if loss.count:
-                loss.total.backward()
+            with self.parallel.micro(last=micro == mine[-1]):
+                loss = self.parallel.loss(batch)
+                value = float(loss.total.detach())
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f"step {step + 1}, micro-batch {micro}: the loss is {value}. Lower learning_rate, set clip, or "
+                        f"use precision fp32; what was learned up to the last checkpoint is kept."
+                    )
+                if loss.count or self.parallel.world > 1:  # with others, everybody takes part in every exchange
+                    loss.total.backward()
             total, count = total + value, count + loss.count
             tokens, targets = tokens + batch.num_tokens, targets + batch.num_targets
             for name, summed in loss.metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + float(summed)
+        sums = self.parallel.summed({"loss": total, "count": count, "tokens": tokens, "targets": targets, **metrics})
+        total, count = sums.pop("loss"), int(sums.pop("count"))
+        tokens, targets = int(sums.pop("tokens")), int(sums.pop("targets"))
         if count == 0:
             raise TrainingError(f"step {step + 1}: no token of its batch is a target, nothing can be learned from it.")
         norm = self._scale_gradients(step, count)
@@ -195,18 +194,19 @@ class _Run:
             group["lr"] = group["initial_lr"] * factor
         self.optimizer.step()
         row = {"step": step + 1, "loss": total / count, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
-        means = {name: summed / count for name, summed in metrics.items()}
+        means = {name: summed / count for name, summed in sums.items()}
         return {**row, **means, "tokens": tokens, "targets": targets}
 
     def _scale_gradients(self, step: int, count: int) -> float:
         """Turn the gradient of the sum into that of the mean, clipped; returns its norm before clipping."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / count
+        scale = self.parallel.gradient_scale / count
+        norm = float(whole(torch.nn.utils.get_total_norm(gradients))) * scale
         if not math.isfinite(norm):
             raise TrainingError(f"step {step + 1}: the gradient norm is {norm}; lower learning_rate or use fp32.")
         factor = min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0
         for gradient in gradients:
-            gradient.mul_(factor / count)
+            gradient.mul_(factor * scale)
         return norm
 
 

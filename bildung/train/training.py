@@ -19,6 +19,7 @@ from bildung.model.linear import Dense
 from bildung.model.store import LanguageModel
 from bildung.train.fit import History, Objective, fit, mean_loss
 from bildung.train.optim import ScheduleName, adamw, schedule
+from bildung.train.parallel import Kind, Parallel, held_bytes
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -42,6 +43,8 @@ class Training:
     patience: int | None = None  # stop after so many measurements without a lower loss, and keep the best weights
     checkpoint_every: int = 10  # steps between checkpoints; a killed run goes on from the last
     tensorboard: Path | None = None  # folder for TensorBoard's event files
+    parallel: Kind = "none"  # how the processes that torchrun started share the work (see train/parallel.py)
+    offload: bool = False  # keep shards in host memory between uses (zero2, zero3, hybrid)
 
 
 def check_ranges(given: Training) -> None:
@@ -103,24 +106,32 @@ def run(
         sep="\n  ",
         file=sys.stderr,
     )
+    parallel = Parallel(given.parallel, model, objective, offload=given.offload)
+    optimizer = parallel.optimizer(lambda: adamw(model, given.learning_rate, weight_decay=given.weight_decay))
     history = fit(
         model,
         batch_at,
         objective,
-        adamw(model, given.learning_rate, weight_decay=given.weight_decay),
+        optimizer,
         steps=steps,
         micro_steps=given.micro_steps,
         schedule=schedule(given.schedule, steps, round(given.warmup * steps)),
         clip=given.clip,
         seed=given.seed,
-        evaluate=partial(mean_loss, objective=objective, batches=held_out) if held_out else None,
+        evaluate=partial(mean_loss, objective=lambda _, batch: parallel.loss(batch), batches=held_out)
+        if held_out
+        else None,
         evaluate_every=given.evaluate_every,
         patience=given.patience,
         out=job.out,
         checkpoint_every=given.checkpoint_every,
         tensorboard=given.tensorboard,
         title=job.operation,
+        parallel=parallel,
     )
+    if given.parallel != "none":
+        job.measured["held_bytes_per_rank"] = held_bytes(model, optimizer)
+    parallel.finish()
     job.tokens_seen, job.trained_tokens = history.tokens_seen, history.trained_tokens
     job.notes += notes
     job.measured |= {"trainable_parameters": trainable, "epochs": history.steps / one_pass, **history.summary()}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from bildung.core import ranks
 from bildung.core.errors import DataError, SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
@@ -67,10 +68,10 @@ def tune(
         raise SettingsError(f"evaluate_every = {given.evaluate_every} needs held_out conversations to measure on.")
 
     def whole(job: Job) -> None:
-        if given.card is not None:
+        if given.card is not None and ranks.rank() == 0:
             card.before(job, load(source), given.card)
         work(job)
-        if given.card is not None:
+        if given.card is not None and ranks.rank() == 0:
             card.after(job, load(job.out), given.card)  # what is on the disk is what is measured
 
     return perform(

@@ -216,7 +216,7 @@ def test_a_loss_that_is_no_number_names_the_step(make_model, batch_at):
         return LossSum(loss.total * (float("nan") if len(calls) == 3 else 1), loss.count)
 
     calls = []
-    with pytest.raises(TrainingError, match="step 3: the loss is nan"):
+    with pytest.raises(TrainingError, match="step 3, micro-batch 0: the loss is nan"):
         fit(model, lambda n: calls.append(n) or batch_at(n), objective, adamw(model, 1e-3), steps=5)
 
 

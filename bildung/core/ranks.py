@@ -1,0 +1,51 @@
+"""Which of several processes this is, as `torchrun` says it in the environment. A single process is rank 0 of 1."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+
+def rank() -> int:
+    """This process's number, from 0. Rank 0 alone writes files and records."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes work together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """This process's number on its machine: which of the machine's devices is its own."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def join() -> None:
+    """Meet the other ranks, once per process. One that does not come within 30 minutes, or dies, ends the run."""
+    import torch
+    import torch.distributed as dist
+
+    if world_size() == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=30))
+
+
+def told(value: Any = None) -> Any:
+    """What rank 0 says; every rank calls this, and waits until all have."""
+    if world_size() == 1:
+        return value
+    import torch.distributed as dist
+
+    join()
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,86 @@
+"""What each rank of test_parallel.py runs: the same training in every way to share it; rank 0 saves the results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from bildung.core import ranks
+from bildung.data.batches import Batch, Example, pad
+from bildung.model.build import build
+from bildung.model.config import from_dict
+from bildung.model.linear import LowRank, match_linears
+from bildung.train.fit import fit
+from bildung.train.objectives import clm
+from bildung.train.optim import adamw, cosine
+from bildung.train.parallel import Kind, Parallel, held_bytes
+
+KEYS = dict(model_type="llama", vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3)
+KEYS |= dict(num_attention_heads=3, num_key_value_heads=1, head_dim=8, max_position_embeddings=64)
+KEYS |= dict(rms_norm_eps=1e-5, tie_word_embeddings=True, initializer_range=0.1)
+MICRO_STEPS, STEPS = 4, 5
+
+
+def micro_batch(number: int) -> Batch:
+    """Two sequences of one length, which differs from micro-batch to micro-batch: counts matter."""
+    generator = torch.Generator().manual_seed(number)
+    length = int(torch.randint(5, 20, (1,), generator=generator))
+    rows = torch.randint(0, 61, (2, length), generator=generator).tolist()
+    return pad([Example(row, [False] + [True] * (length - 1)) for row in rows], None)
+
+
+def train(kind: Kind, out: Path | None = None, steps: int = STEPS, lora: bool = False) -> tuple[torch.nn.Module, dict]:
+    model = build(from_dict(KEYS), seed=3)
+    model.requires_grad_(not lora)
+    if lora:
+        for number, linear in enumerate(match_linears(model, "all").values()):
+            generator = torch.Generator().manual_seed(number)
+            linear.deltas["x"] = LowRank(linear.in_features, linear.out_features, 2, 1.0, generator=generator)
+            # With B = 0 the first gradients of A are zeros but for rounding, which Adam would blow up to full steps.
+            torch.nn.init.normal_(linear.deltas["x"].lora_B, std=0.3, generator=generator)
+    parallel = Parallel(kind, model, clm)
+    optimizer = parallel.optimizer(lambda: adamw(model, 1e-2, weight_decay=0.1))
+    schedule = cosine(STEPS)
+    history = fit(
+        model,
+        micro_batch,
+        clm,
+        optimizer,
+        steps=steps,
+        micro_steps=MICRO_STEPS,
+        schedule=schedule,
+        clip=0.5,
+        out=out,
+        checkpoint_every=2 if out else 0,
+        parallel=parallel,
+    )
+    measured = {**held_bytes(model, optimizer), "losses": [row["loss"] for row in history.rows]}
+    parallel.finish()
+    return model, measured
+
+
+def main(out: Path) -> None:
+    several = ranks.world_size() > 1
+    kinds: tuple[Kind, ...] = ("ddp", "zero1", "zero2", "zero3") if several else ("none",)
+    for kind in kinds:
+        for lora in (False, True):
+            model, measured = train(kind, lora=lora)
+            if ranks.rank() == 0:
+                name = f"{kind}{'_lora' if lora else ''}"
+                save_file({n: p.detach().clone() for n, p in model.named_parameters()}, out / f"{name}.safetensors")
+                (out / f"{name}.json").write_text(json.dumps(measured))
+    # A run that is broken off here is gone on with on another number of ranks.
+    if several:
+        train("zero3", out / "broken_off", steps=3)
+        train("zero1", out / "broken_off_zero1", steps=3)
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,77 @@
+"""Training on two processes: equal to one, holding less, resumable on another number."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bildung.core.errors import SettingsError
+from bildung.train.parallel import Parallel
+from tests.train import parallel_run
+
+KINDS = ("ddp", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of one process and of two, side by side."""
+    out = tmp_path_factory.mktemp("parallel")
+    parallel_run.main(out)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.train.parallel_run", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.mark.parametrize("what", ["", "_lora"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_weights_as_one_process(runs: Path, kind: str, what: str) -> None:
+    alone, together = (load_file(runs / f"{name}{what}.safetensors") for name in ("none", kind))
+    assert set(alone) == set(together)
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name], atol=1e-6, rtol=0)
+    losses = [json.loads((runs / f"{name}{what}.json").read_text())["losses"] for name in ("none", kind)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == parallel_run.STEPS
+
+
+def test_bytes_held_follow_the_textbook(runs: Path) -> None:
+    """Exam row 14, in float32: weights 4P, gradients 4P, moments 8P; zero1 halves the moments, zero2 and 3 all."""
+    held = {kind: json.loads((runs / f"{kind}.json").read_text()) for kind in ("none", *KINDS)}
+    alone = held["none"]
+    assert alone["weights"] == alone["gradients"] and alone["optimizer"] >= 2 * alone["weights"]
+    assert held["ddp"]["weights"] == alone["weights"] and held["ddp"]["optimizer"] == alone["optimizer"]
+    assert held["zero1"]["weights"] == alone["weights"]
+    for kind in ("zero1", "zero2", "zero3"):
+        assert held[kind]["optimizer"] == pytest.approx(alone["optimizer"] / 2, rel=0.1)
+    for kind in ("zero2", "zero3"):
+        assert held[kind]["gradients"] == pytest.approx(alone["gradients"] / 2, rel=0.1)
+        assert held[kind]["weights"] == pytest.approx(alone["weights"] / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("folder", ["broken_off", "broken_off_zero1"])
+def test_one_process_goes_on_where_two_stopped(runs: Path, folder: str) -> None:
+    model, measured = parallel_run.train("none", runs / folder)
+    whole = load_file(runs / "none.safetensors")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), whole[name], atol=1e-6, rtol=0)
+    assert len(measured["losses"]) == parallel_run.STEPS
+
+
+def test_what_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(SettingsError, match="torchrun"):
+        Parallel("ddp", model, parallel_run.clm)
+    with pytest.raises(SettingsError, match="offload needs"):
+        Parallel("none", model, parallel_run.clm, offload=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="2 processes were started"):
+        Parallel("none", model, parallel_run.clm)

@@ -1,7 +1,7 @@
 """Causal language modelling from nothing: predict every token from those before it.
 
-The held-out loss is given in bits per byte, which does not depend on the tokenizer, beside that of a model that knows
-only how often each token occurs (unigram, add-one smoothed): what is learned from context is the difference.
+The held-out loss is given in bits per byte, which does not depend on the tokenizer, beside those of two models that only
+count, on the same tokens: unigrams (how often each token occurs, add-one smoothed) and Kneser-Ney n-grams.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bildung.core.settings import settings as settings_class
 from bildung.data.batches import Batch, Example, Shuffled, clm_examples, num_targets, pack, pad, pad_packed
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
+from bildung.evaluate.ngram import KneserNey
 from bildung.model.store import LanguageModel, write_model
 from bildung.pretrain.birth import Birth, begin, set_aside
 from bildung.run.generate import generate
@@ -35,6 +36,7 @@ class Settings(Birth):
     pack: bool = True  # several documents per row, each seeing only itself; False: one per row, padded
     sample_prompts: tuple[str, ...] = ()  # continued at the end, for people to read
     sample_tokens: int = 40  # length of these continuations
+    baseline_order: int = 5  # tokens of the longest n-gram of the Kneser-Ney baseline; 0: none
 
 
 def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
@@ -68,6 +70,14 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
         if aside:
             final = mean_loss(lm.model, clm, held_batches)["loss"]
             job.measured |= held_out_figures(final, examples, held, aside, lm.config.vocab_size)
+            if settings.baseline_order:
+                counting = KneserNey(
+                    [example.tokens for example in examples],
+                    order=settings.baseline_order,
+                    vocab_size=lm.config.vocab_size,
+                )
+                bits = sum(_after_first(counting, example) for example in held) / math.log(2)
+                job.measured["kneser_ney_bits_per_byte"] = bits / job.measured["held_out_bytes"]
         job.measured |= {"documents": len(kept), "tokens_per_epoch": num_targets(examples)}
         if settings.sample_prompts:
             job.after["samples"] = samples(lm, settings.sample_prompts, settings.sample_tokens, settings.seed)
@@ -100,6 +110,11 @@ def unigram_nats(train: Sequence[Example], held: Sequence[Example], vocab_size: 
     total = sum(counts.values()) + vocab_size
     losses = [-math.log((counts[token] + 1) / total) for example in held for token in _targets(example)]
     return sum(losses) / len(losses)
+
+
+def _after_first(counting: KneserNey, example: Example) -> float:
+    """The sum of -log p over the targets of one piece of a document (its first token is only read)."""
+    return float(counting.nats([example.tokens])[1:].sum())
 
 
 def _targets(example: Example) -> list[int]:

@@ -58,6 +58,7 @@ def test_a_model_is_born_and_beats_the_unigram(tokenizer_directory: Path, text: 
     record = causal(tokenizer_directory, out, settings(text, sample_prompts=("the cat",), sample_tokens=4))
     measured = record.measured
     assert measured["held_out_bits_per_byte"] < measured["unigram_bits_per_byte"] / 2
+    assert measured["kneser_ney_bits_per_byte"] < measured["unigram_bits_per_byte"]
     assert record.trained_tokens > 0 and record.after["samples"][0]["prompt"] == "the cat"
     lm = bildung.load(out)
     assert lm.config.vocab_size == Tokenizer.load(tokenizer_directory).vocab_size

@@ -63,7 +63,7 @@ def without_special_merges(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_clashes(backend: tokenizers.Tokenizer, raw: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """Added tokens whose stated id is not the one the tokenizer gives them, as phrases."""
+    """Ids given twice, and added tokens whose stated id is not the one the tokenizer gives them, as phrases."""
     stated: list[tuple[str, Any, Any]] = []
     for token in raw.get("added_tokens") or []:
         stated.append(("tokenizer.json", token.get("id"), token.get("content")))
@@ -74,12 +74,26 @@ def find_clashes(backend: tokenizers.Tokenizer, raw: Mapping[str, Any], config: 
         )
     for number, token in decoder.items():
         stated.append(("tokenizer_config.json", int(number) if number.isdigit() else number, token_text(token)))
-    clashes = []
+    clashes = [f"tokenizer.json has {what}" for what in _given_twice(raw.get("model") or {})]
     for file, number, content in stated:
         actual = backend.token_to_id(content) if isinstance(content, str) else None
         if actual != number:
             clashes.append(f"{file} puts the added token {content!r} at id {number}, the vocabulary at {actual}")
     return clashes
+
+
+def _given_twice(model: Mapping[str, Any]) -> list[str]:
+    """What the vocabulary has twice: an id (of a {token: id}), or a piece (of Unigram's list, where the place is the
+    id). The library accepts both, and then text and ids no longer stand for each other."""
+    vocabulary = model.get("vocab") or {}
+    if isinstance(vocabulary, Mapping):
+        by_id: dict[Any, str] = {}
+        twice = [(token, number) for token, number in vocabulary.items() if by_id.setdefault(number, token) != token]
+        return [f"id {number} for {by_id[number]!r} and for {token!r}" for token, number in twice]
+    places: dict[str, int] = {}
+    pieces = [piece for piece, _ in vocabulary]
+    twice = [(piece, place) for place, piece in enumerate(pieces) if places.setdefault(piece, place) != place]
+    return [f"the piece {piece!r} at {places[piece]} and at {place}" for piece, place in twice]
 
 
 def read_template(directory: Path, config: Mapping[str, Any]) -> str | None:

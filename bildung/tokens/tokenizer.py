@@ -32,6 +32,7 @@ from bildung.tokens.files import (
     without_special_merges,
     write_files,
 )
+from bildung.tokens.older_files import read_older_files
 
 
 class Tokenizer:
@@ -78,24 +79,32 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: str | Path) -> Tokenizer:
-        """Reads tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and the stop ids
-        of generation_config.json; only the first must be there.
+        """Reads tokenizer.json (or the files from before it: vocab.json and merges.txt, or vocab.txt; older_files.py),
+        tokenizer_config.json, special_tokens_map.json, chat_template.jinja and the stop ids of generation_config.json;
+        only the first must be there.
 
         Raises TokenizerError for a missing or corrupt file and for files that contradict each other.
         """
         directory = Path(directory)
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise TokenizerError(f"{directory} holds no tokenizer.json. Save the tokenizer in the `tokenizers` format.")
-        raw = read_json(path)
-        safe = without_special_merges(raw)
-        try:
-            backend = tokenizers.Tokenizer.from_str(path.read_text("utf-8") if safe is raw else json.dumps(safe))
-        except Exception as error:  # the library raises bare Exception for every malformed file
-            raise TokenizerError(f"{path} is not a valid tokenizer: {error}") from error
         config = read_json(directory / "tokenizer_config.json", {})
         for name, value in read_json(directory / "special_tokens_map.json", {}).items():
             config.setdefault(name, value)
+        raw: dict[str, Any] = {}
+        path = directory / "tokenizer.json"
+        if path.is_file():
+            raw = read_json(path)
+            safe = without_special_merges(raw)
+            try:
+                backend = tokenizers.Tokenizer.from_str(path.read_text("utf-8") if safe is raw else json.dumps(safe))
+            except Exception as error:  # the library raises bare Exception for every malformed file
+                raise TokenizerError(f"{path} is not a valid tokenizer: {error}") from error
+        elif older := read_older_files(directory, config):
+            backend, config = older
+        else:
+            raise TokenizerError(
+                f"{directory} holds no tokenizer.json, and neither vocab.json with merges.txt nor vocab.txt. Save the "
+                f"tokenizer in the `tokenizers` format."
+            )
         if clashes := find_clashes(backend, raw, config):
             raise TokenizerError(f"{directory}: the tokenizer files contradict each other: {'; '.join(clashes[:5])}.")
         stops = read_json(directory / "generation_config.json", {}).get("eos_token_id") or []

@@ -2,7 +2,7 @@
 
 What `peft` writes is read here, and `peft` reads what is written here, with equal logits. Several low-rank deltas on
 one matrix are one low-rank delta of their summed rank, [B1 B2] [A1; A2], so a model tuned, edited and tuned again is
-still one ordinary adapter on its base.
+still one ordinary adapter on its base. Names and shapes are those of the family's files (see adapter_names.py).
 """
 
 # R rank, I input features, O output features
@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from bildung.core.errors import AdapterError, OutputError, nearest
-from bildung.model.linear import LowRank, linears
+from bildung.model.adapter_names import apart, is_transposed, targets, together
+from bildung.model.linear import Linear, LowRank, linears
 from bildung.model.safetensors_file import read_file, write_file
-from bildung.model.transformer import Decoder
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+# The class of peft that opens the adapter with a head for its task; None: the plain one.
+TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 
 # peft's keys that change the numbers: only these values are built here. Keys absent from a file have the first value.
 REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -33,7 +35,6 @@ REQUIRED: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (None, False),
-    "fan_in_fan_out": (False, None),
     "modules_to_save": (None, []),
     "lora_bias": (False, None),
     "layer_replication": (None,),
@@ -51,7 +52,8 @@ READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern", "rank_
 INERT = READ | set(
     "task_type inference_mode revision auto_mapping target_modules exclude_modules layers_to_transform layers_pattern "
     "init_lora_weights megatron_config megatron_core loftq_config eva_config corda_config runtime_config peft_version "
-    "qalora_group_size ensure_weight_tying".split()
+    "qalora_group_size ensure_weight_tying "
+    "fan_in_fan_out".split()  # peft looks at the layer itself, and says so when the two disagree
 )
 
 
@@ -98,7 +100,7 @@ def find_base(directory: Path, settings: dict[str, Any]) -> Path:
     )
 
 
-def add_to(model: Decoder, directory: Path, settings: dict[str, Any], name: str = "default") -> None:
+def add_to(model: Any, directory: Path, settings: dict[str, Any], name: str = "default") -> None:
     """Add the adapter's deltas to `model` under `name`. Raises AdapterError when they do not fit it."""
     pairs: dict[str, dict[str, Tensor]] = {}
     path = directory / TENSORS
@@ -107,7 +109,7 @@ def add_to(model: Decoder, directory: Path, settings: dict[str, Any], name: str 
         if factor not in ("lora_A", "lora_B"):
             raise AdapterError(f"{path}: tensor {key!r} is neither a lora_A nor a lora_B.")
         pairs.setdefault(target, {})[factor] = tensor
-    there = linears(model)
+    matrices, there = targets(model), linears(model)
     if not pairs:
         raise AdapterError(f"{path} holds no tensors; an adapter that matches no layer changes nothing.")
     alphas = settings.get("alpha_pattern") or {}
@@ -116,28 +118,37 @@ def add_to(model: Decoder, directory: Path, settings: dict[str, Any], name: str 
             # peft also takes regular expressions; here a stranger's file gets none to run.
             raise AdapterError(f"{directory / CONFIG}: alpha_pattern names {key!r}, which is no matrix of the adapter.")
     for target, factors in pairs.items():
-        linear = there.get(target)
-        if linear is None:
+        members = matrices.get(target)
+        if members is None:
             raise AdapterError(
-                f"{path} was made for a matrix {target!r} that this model does not have. {nearest(target, there)}"
+                f"{path} was made for a matrix {target!r} that this model does not have. {nearest(target, matrices)}"
             )
         lora_A, lora_B = factors.get("lora_A"), factors.get("lora_B")
         if lora_A is None or lora_B is None:
             raise AdapterError(f"{path}: {target} has only one of lora_A and lora_B.")
-        rank = lora_A.shape[0] if lora_A.dim() == 2 else 0
-        if rank == 0 or lora_A.shape[1] != linear.in_features or lora_B.shape != (linear.out_features, rank):
-            raise AdapterError(
-                f"{path}: factors {tuple(lora_B.shape)} x {tuple(lora_A.shape)} do not fit {target} of shape "
-                f"({linear.out_features}, {linear.in_features}); the adapter belongs to another model."
-            )
-        floats = lora_A.is_floating_point() and lora_B.is_floating_point()
-        if not floats or not bool(torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
-            raise AdapterError(f"{path}: {target} holds values that are not finite numbers; the file is damaged.")
+        _check(lora_A, lora_B, [there[name] for name in members], f"{path}: {target}")
         alpha = next((a for key, a in alphas.items() if _fits(key, target)), settings.get("lora_alpha", 8))
+        rank = lora_A.shape[0]
         scaling = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-        delta = LowRank(linear.in_features, linear.out_features, rank, scaling, settings.get("lora_dropout") or 0.0)
-        delta.lora_A, delta.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
-        linear.deltas[name] = delta.to(model.device).eval()
+        for linear_name, (A, B) in apart(lora_A, lora_B, members).items():
+            linear = there[linear_name]
+            delta = LowRank(linear.in_features, linear.out_features, 1, scaling, settings.get("lora_dropout") or 0.0)
+            delta.lora_A, delta.lora_B = nn.Parameter(A), nn.Parameter(B)
+            linear.deltas[name] = delta.to(model.device).eval()
+
+
+def _check(lora_A: Tensor, lora_B: Tensor, members: list[Linear], where: str) -> None:
+    """Raises AdapterError unless the factors are finite and of the matrix's shape."""
+    inputs, outputs = members[0].in_features, sum(linear.out_features for linear in members)
+    rank = lora_A.shape[0] if lora_A.dim() > 1 else 0
+    if rank == 0 or lora_A[0].numel() != inputs or tuple(lora_B.flatten(1).shape) != (outputs, rank):
+        raise AdapterError(
+            f"{where}: factors {tuple(lora_B.shape)} x {tuple(lora_A.shape)} do not fit a matrix of shape "
+            f"({outputs}, {inputs}); the adapter belongs to another model."
+        )
+    floats = lora_A.is_floating_point() and lora_B.is_floating_point()
+    if not floats or not bool(torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+        raise AdapterError(f"{where} holds values that are not finite numbers; the file is damaged.")
 
 
 def _fits(key: str, target: str) -> bool:
@@ -145,7 +156,7 @@ def _fits(key: str, target: str) -> bool:
     return target == key or target.endswith(f".{key}")
 
 
-def write(model: Decoder, directory: Path, base: Path | None) -> None:
+def write(model: Any, directory: Path, base: Path | None) -> None:
     """Write every low-rank delta of `model` as one PEFT LoRA adapter on `base`.
 
     Raises OutputError when a delta is switched off or not low-rank, or the base has no place of its own on disk.
@@ -154,42 +165,55 @@ def write(model: Decoder, directory: Path, base: Path | None) -> None:
         raise OutputError("an adapter is saved as an addition to a base model on disk; save the base model first.")
     if model.attached:
         raise OutputError("this model carries deltas and attached modules; save them one after the other.")
-    tensors: dict[str, Tensor] = {}
+    found = {name: _joined(name, linear) for name, linear in linears(model).items() if linear.deltas}
+    matrices, tensors = targets(model), {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    dropouts: set[float] = set()
-    for name, linear in linears(model).items():
-        deltas = list(linear.deltas.values())
-        if not deltas:
+    for target, members in matrices.items():
+        here = {name: found[name] for name in members if name in found}
+        if not here:
             continue
-        low_rank = [delta for delta in deltas if isinstance(delta, LowRank)]
-        if len(low_rank) < len(deltas) or not all(delta.enabled for delta in low_rank):
-            raise OutputError(f"{name} carries a delta that is switched off or has no low-rank form; delete it first.")
-        dropouts |= {delta.dropout for delta in low_rank}
-        # Several deltas share one alpha / rank, so each B takes its own scaling along; a single one stays as trained.
-        single = len(low_rank) == 1
-        lora_A = torch.cat([delta.lora_A for delta in low_rank])
-        lora_B = torch.cat([delta.lora_B if single else delta.lora_B * delta.scaling for delta in low_rank], dim=1)
-        ranks[name] = lora_A.shape[0]
-        alphas[name] = (low_rank[0].scaling if single else 1.0) * ranks[name]
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_A.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_B.detach().cpu().contiguous()
+        scalings = {scaling for _, _, scaling in here.values()}
+        # An adapter has one alpha / rank, so where the scalings differ each B takes its own along.
+        scaling = scalings.pop() if len(scalings) == 1 else 1.0
+        factors = {name: (A, B if own == scaling else B * own) for name, (A, B, own) in here.items()}
+        lora_A, lora_B = together(factors, members, {name: linears(model)[name].out_features for name in members})
+        ranks[target] = len(lora_A)
+        alphas[target] = scaling * len(lora_A)
+        tensors[f"{PREFIX}{target}.lora_A.weight"] = lora_A.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{target}.lora_B.weight"] = lora_B.detach().cpu().contiguous()
     rank, alpha = max(ranks.values()), max(alphas.values())
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": TASKS.get(model.config.kind),
         "base_model_name_or_path": os.path.abspath(base),
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": max(dropouts),
+        "lora_dropout": max(delta.dropout for linear in linears(model).values() for delta in _low_rank(linear)),
         "bias": "none",
-        "target_modules": _shortest_names(list(ranks), list(linears(model))),
+        "fan_in_fan_out": is_transposed(model),
+        "target_modules": _shortest_names(list(ranks), list(matrices)),
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if not math.isclose(a, alpha)},
         "inference_mode": True,
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_file(tensors, directory / TENSORS)
+
+
+def _low_rank(linear: Linear) -> list[LowRank]:
+    return [delta for delta in linear.deltas.values() if isinstance(delta, LowRank)]
+
+
+def _joined(name: str, linear: Linear) -> tuple[Tensor, Tensor, float]:
+    """(A, B, scaling) of all deltas of one matrix; a single one stays as trained. Raises OutputError."""
+    low_rank = _low_rank(linear)
+    if len(low_rank) < len(linear.deltas) or not all(delta.enabled for delta in low_rank):
+        raise OutputError(f"{name} carries a delta that is switched off or has no low-rank form; delete it first.")
+    if len(low_rank) == 1:
+        return low_rank[0].lora_A, low_rank[0].lora_B, low_rank[0].scaling
+    lora_B = torch.cat([delta.lora_B * delta.scaling for delta in low_rank], dim=1)
+    return torch.cat([delta.lora_A for delta in low_rank]), lora_B, 1.0
 
 
 def _shortest_names(chosen: list[str], all_names: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from bildung.model.names import Names, Stored
 
 ARCHITECTURE = "GPTNeoXForCausalLM"
 REPEATED = ("*.attention.bias", "*.attention.masked_bias", "embed_out.weight")  # the mask as a buffer; a tied matrix
+MODULES = {"lm_head": "lm_head"}  # transformers' module, which its files call embed_out
 
 
 def config(keys: ConfigKeys) -> ModelConfig:

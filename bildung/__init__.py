@@ -26,6 +26,7 @@ _HOMES = {
     "detach": "bildung.model.taps",
     "deltas_off": "bildung.model.linear",
     "generate": "bildung.run.generate",
+    "embed": "bildung.run.embed",
 }
 __all__ = [*_HOMES]
 __version__ = "0.1.0"

@@ -28,6 +28,7 @@ WORDS = {
     "evaluate.evaluate": "evaluate",
     "run.generate": "generate",
     "run.chat": "chat",
+    "run.embed": "embed",
     "data.nursery": "nursery",
     "app.live": "live",
     "app.log": "log",

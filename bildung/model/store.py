@@ -34,7 +34,11 @@ from bildung.tokens.tokenizer import Tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-BESIDE = ("generation_config.json", "preprocessor_config.json")  # of a model's directory: kept when it is saved
+BESIDE = (  # of a model's directory: kept when it is saved
+    "generation_config.json",
+    "preprocessor_config.json",
+    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json"),
+)
 
 
 class NoTokenizer:
@@ -228,9 +232,10 @@ def write_model(lm: LanguageModel, directory: Path) -> None:
     if (described := _quantization(lm.model, dtype)) is not None:
         raw["quantization_config"] = described
     (directory / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for beside in (lm.base / name for name in BESIDE) if lm.base is not None else ():
+    for name, beside in ((name, lm.base / name) for name in BESIDE) if lm.base is not None else ():
         if beside.exists():
-            shutil.copyfile(beside, directory / beside.name)
+            (directory / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(beside, directory / name)
     write_tensors(state_tensors(lm.model), directory)
     attachments.write(lm.model, directory)
 

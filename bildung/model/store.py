@@ -18,9 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from bildung.core import ranks
 from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, nearest
 from bildung.core.record import Record, damage, hash_directory, read_record
-from bildung.model import adapter_file, attachments, names, quantized
+from bildung.model import adapter_file, attachments, names, onnx_file, quantized
 from bildung.model.base import Model
 from bildung.model.build import make
 from bildung.model.config import BaseConfig, from_dict, read_config
@@ -69,7 +70,7 @@ class LanguageModel:
 
 
 def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageModel:
-    """A model from a Hugging Face directory, a PEFT adapter directory (with its base), or a .gguf file.
+    """A model from a Hugging Face directory, a PEFT adapter directory (with its base), a .gguf or an .onnx file.
 
     dtype: float32, bfloat16 or float16 for the unquantized weights; default: as stored. Raises ModelFileError and its
     kinds, naming the file and what is wrong with it; TokenizerError when the tokenizer does not fit the model.
@@ -80,8 +81,12 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageMo
         raise SettingsError(f"dtype {dtype!r} is not known; allowed: {', '.join(DTYPES)}. {nearest(dtype, DTYPES)}")
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype)
+    if path.suffix == ".onnx":
+        return _load_onnx(path, dtype)
     if not path.is_dir():
-        raise ModelFileError(f"{path} is neither a model directory nor a .gguf file; `bildung adopt` fetches models.")
+        raise ModelFileError(
+            f"{path} is neither a model directory nor a .gguf or .onnx file; `bildung adopt` fetches models."
+        )
     record = read_record(path)
     if record is not None and (harm := damage(path, record)):
         raise ModelFileError(f"{path}: {harm} since its record was written; make it again, or delete its record.json.")
@@ -123,6 +128,13 @@ def _load_gguf(path: Path, dtype: str | None) -> LanguageModel:
     tokenizer = tokenizer_from_gguf(gguf.metadata)
     tokenizer.check_fits(config.vocab_size)
     return LanguageModel(assemble(config, hf_state_dict(gguf), dtype), tokenizer, config, path=path)
+
+
+def _load_onnx(path: Path, dtype: str | None) -> LanguageModel:
+    graph = onnx_file.read_onnx(path)
+    config = from_dict(onnx_file.hf_config(graph))
+    model = assemble(config, onnx_file.hf_state_dict(graph), dtype)
+    return LanguageModel(model, no_tokenizer(config), model.config, path=path)
 
 
 def assemble(config: BaseConfig, tensors: dict[str, Tensor], dtype: str | None = None) -> Any:
@@ -218,6 +230,8 @@ def save(lm: LanguageModel, path: str | Path) -> Path:
 
 def write_model(lm: LanguageModel, directory: Path) -> None:
     """Write a model's files into `directory`: an adapter when it carries deltas, else all of its weights."""
+    if ranks.rank() > 0:  # of several processes one writes
+        return
     if not isinstance(lm.tokenizer, NoTokenizer):
         lm.tokenizer.save(directory)
     if any(linear.deltas for linear in lm.model.linears().values()):

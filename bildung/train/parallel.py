@@ -87,6 +87,11 @@ class Parallel:
         fully_shard(self.step, mesh=mesh, reshard_after_forward=False, offload_policy=policy)
         self._sharded = [*blocks, self.step]
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the parameters are spread over the ranks, so that only `loss` may call the model."""
+        return bool(self._sharded)
+
     def optimizer(self, make: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         """The optimizer that `make` makes, its state shared out among the ranks if the kind is zero1."""
         made = make()

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from bildung.core.errors import SettingsError, TrainingError
 from bildung.core.operation import Job
 from bildung.core.settings import settings
-from bildung.data.batches import Shuffled
 from bildung.model.linear import Dense
 from bildung.model.store import LanguageModel
 from bildung.train.fit import History, Objective, fit, mean_loss
@@ -81,23 +79,41 @@ def check_trainable(lm: LanguageModel, source: Path) -> None:
         raise TrainingError(f"{source} is an adapter; `bildung merge` it into its base first, or use `tune lora`.")
 
 
+class Batches(Protocol):
+    """Batch number -> batch, and how many make one pass over the data (Shuffled, Mixture, Phases)."""
+
+    @property
+    def batches_per_epoch(self) -> float: ...
+
+    def __call__(self, n: int) -> Any: ...
+
+
+def steps_of(given: Training, batches_per_epoch: float) -> int:
+    """Optimizer steps: as given, or as many as the epochs take."""
+    if given.steps is not None:
+        return given.steps
+    return math.ceil(batches_per_epoch / given.micro_steps * (1 if given.epochs is None else given.epochs))
+
+
 def run(
     job: Job,
     model: Any,
     given: Training,
-    batch_at: Shuffled[Any, Any],
+    batch_at: Batches,
     objective: Objective,
     *,
     what: str,
     held_out: Sequence[Any] = (),
     notes: Sequence[str] = (),
+    also: Callable[[Any], Mapping[str, float]] | None = None,
 ) -> History:
     """Train what requires gradients in `model` and fill in the job's numbers. Goes on from a checkpoint in job.out.
 
     what: the data in words, e.g. "300 conversations, 20,000 tokens", said before training starts.
+    also: called with the model at every evaluation of the held-out loss, for more numbers or samples.
     """
     one_pass = batch_at.batches_per_epoch / given.micro_steps
-    steps = math.ceil(one_pass * (1 if given.epochs is None else given.epochs)) if given.steps is None else given.steps
+    steps = steps_of(given, batch_at.batches_per_epoch)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(
         f"{job.operation}: {what}; {trainable:,} trainable parameters; {steps} steps of "
@@ -108,6 +124,13 @@ def run(
     )
     parallel = Parallel(given.parallel, model, objective, offload=given.offload)
     optimizer = parallel.optimizer(lambda: adamw(model, given.learning_rate, weight_decay=given.weight_decay))
+
+    def evaluate(_: Any) -> dict[str, float]:
+        found = mean_loss(model, lambda _, batch: parallel.loss(batch), held_out)
+        if also is not None and not parallel.is_sharded:  # a sharded model is called by all ranks or none
+            found |= also(model)
+        return found
+
     history = fit(
         model,
         batch_at,
@@ -118,9 +141,7 @@ def run(
         schedule=schedule(given.schedule, steps, round(given.warmup * steps)),
         clip=given.clip,
         seed=given.seed,
-        evaluate=partial(mean_loss, objective=lambda _, batch: parallel.loss(batch), batches=held_out)
-        if held_out
-        else None,
+        evaluate=evaluate if held_out else None,
         evaluate_every=given.evaluate_every,
         patience=given.patience,
         out=job.out,

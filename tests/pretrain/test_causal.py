@@ -13,8 +13,10 @@ from bildung.core.errors import ConfigError, DataError, SettingsError
 from bildung.core.operation import OccupiedError
 from bildung.core.settings import resolve
 from bildung.data.batches import Example
+from bildung.pretrain import tokenize as tokenize_module
 from bildung.pretrain.birth import set_aside
-from bildung.pretrain.causal import Settings, causal, unigram_nats
+from bildung.pretrain.causal import SAMPLES, Settings, causal, unigram_nats
+from bildung.pretrain.tokenize import tokenize
 from bildung.tokens.tokenizer import Tokenizer
 
 MODEL = {
@@ -102,6 +104,8 @@ def test_unigram_by_hand() -> None:
 
 def test_what_cannot_be_born(tokenizer_directory: Path, text: str, tmp_path: Path) -> None:
     for change, error, words in (
+        ({"data": f"x*{text}"}, SettingsError, "is not understood"),
+        ({"curriculum": (100,)}, SettingsError, "from 2 to below"),
         ({"model": None}, SettingsError, "holds no model"),
         ({"model": {**MODEL, "model_type": "lama"}}, ConfigError, "did you mean 'llama'"),
         ({"model": {**MODEL, "hidden_sise": 3}}, ConfigError, "hidden_sise"),
@@ -123,3 +127,20 @@ def test_what_cannot_be_born(tokenizer_directory: Path, text: str, tmp_path: Pat
 def test_aside_and_kept_are_all() -> None:
     kept, aside = set_aside(range(10), 3, seed=1)
     assert sorted([*kept, *aside]) == list(range(10)) and len(aside) == 3
+
+
+def test_mixtures_curricula_and_token_files(tokenizer_directory: Path, text: str, tmp_path: Path) -> None:
+    encoded = tmp_path / "tokens"
+    record = tokenize(tokenizer_directory, encoded, tokenize_module.Settings(data=text, held_out=6))
+    assert record.measured["documents"] == 54 and (encoded / "tokenizer.json").exists()
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"a dog of {n} years barks"}) for n in range(40)))
+    given = settings(f"3*{encoded} + {other}", curriculum=(16,), evaluate_every=20, sample_prompts=("the cat",))
+    made = causal(encoded, tmp_path / "model", given)
+    assert made.measured["held_out_bits_per_byte"] < made.measured["unigram_bits_per_byte"]
+    assert len((tmp_path / "model" / SAMPLES).read_text().splitlines()) == 4  # before step 1 and after 20, 40, 60
+    assert not list((tmp_path / "model").glob(".tokens*"))
+    plain = causal(encoded, tmp_path / "plain", settings(str(encoded)))
+    again = causal(tokenizer_directory, tmp_path / "again", settings(text))
+    # The same documents aside, the same rows: encoding beforehand changes nothing.
+    assert plain.measured["held_out_bits_per_byte"] == again.measured["held_out_bits_per_byte"]

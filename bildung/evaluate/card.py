@@ -32,6 +32,7 @@ from bildung.evaluate.answers import answers, chat_prompt
 from bildung.evaluate.compare import compare_cards
 from bildung.evaluate.likelihood import evaluating, prefix_token, score
 from bildung.evaluate.metrics import Item, as_json
+from bildung.evaluate.sequence_metrics import SEQUENCE_METRICS, signature_for
 from bildung.evaluate.tasks import Question, Task, encode, load_task, measure, measure_answer
 from bildung.model.base import CausalLM
 
@@ -170,6 +171,8 @@ def _measure(lm: LanguageModel, settings: CardSettings, tasks: list[Task], skipp
             items = [per_metric[entry.metric] for per_metric in measured[task.name]]
             name = task.name if number == 0 else f"{task.name}/{entry.metric}"
             entries[name] = as_json(entry.metric, items) | {"docs": task.hash}
+            if entry.metric in SEQUENCE_METRICS:
+                entries[name]["signature"] = signature_for(entry.metric, [q.answers for q in task.questions])
     return {
         "fingerprint": fingerprint(lm, settings, tasks),
         "tasks": entries,

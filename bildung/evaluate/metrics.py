@@ -9,28 +9,35 @@ delta method; Cochran, Sampling Techniques, 3rd ed., eq. 6.13):
 For a mean this is exactly the sample standard deviation over sqrt(m), which lm-eval prints. Two models measured on the
 same items have a difference with influences e_i(b) - e_i(a): what is hard for both cancels, so the paired standard
 error is far smaller than the two single ones suggest. Items must be independent: whole texts, not tokens.
+
+BLEU and its like (sequence_metrics.py) are other functions of summed counts. Their error comes from a bootstrap: the
+spread of the score over corpora drawn from this one with replacement, for a difference the same ones for both models
+(Koehn 2004). It is seeded, so it repeats.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import statistics
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bildung.core.errors import DataError, nearest
+from bildung.evaluate.sequence_metrics import SEQUENCE_METRICS, score_of_sums
 
 Item = float | Sequence[float]  # a value, or (sum, count)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a number means. `exponential`: the value is exp(R)."""
+    """What a number means. `exponential`: the value is exp(R). `summed`: another function of the items' sums."""
 
     higher_is_better: bool
     exponential: bool = False
+    summed: bool = False
 
 
 METRICS = {
@@ -41,7 +48,9 @@ METRICS = {
     "word_perplexity": Metric(higher_is_better=False, exponential=True),  # items (nats, words split at white space)
     "byte_perplexity": Metric(higher_is_better=False, exponential=True),  # items (nats, UTF-8 bytes)
     "bits_per_byte": Metric(higher_is_better=False),  # items (bits, UTF-8 bytes)
+    **{name: Metric(name in ("bleu", "chrf"), summed=True) for name in SEQUENCE_METRICS},
 }
+RESAMPLES = 1000  # of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -62,6 +71,9 @@ def metric_called(name: str) -> Metric:
 
 def estimate(name: str, items: Sequence[Item]) -> Estimate:
     """The metric over its items."""
+    if metric_called(name).summed:
+        sums, drawn = _resampled(items)
+        return Estimate(score_of_sums(name, sums), _spread([score_of_sums(name, one) for one in drawn]), len(items))
     value, influence = _linearised(metric_called(name), items)
     return Estimate(value, _stderr(influence), len(items))
 
@@ -72,6 +84,11 @@ def paired_difference(name: str, a: Sequence[Item], b: Sequence[Item]) -> Estima
     if len(a) != len(b):
         raise DataError(f"{name}: {len(a)} and {len(b)} items cannot be paired; measure both on the same ones")
     metric = metric_called(name)
+    if metric.summed:
+        (sums_a, drawn_a), (sums_b, drawn_b) = _resampled(a), _resampled(b)
+        pairs = zip(drawn_a, drawn_b, strict=True)
+        spread = _spread([score_of_sums(name, after) - score_of_sums(name, before) for before, after in pairs])
+        return Estimate(score_of_sums(name, sums_b) - score_of_sums(name, sums_a), spread, len(a))
     (value_a, influence_a), (value_b, influence_b) = _linearised(metric, a), _linearised(metric, b)
     influence = [after - before for before, after in zip(influence_a, influence_b, strict=True)]
     return Estimate(value_b - value_a, _stderr(influence), len(a))
@@ -89,6 +106,23 @@ def _linearised(metric: Metric, items: Sequence[Item]) -> tuple[float, list[floa
     value = math.exp(min(ratio, 700.0)) if metric.exponential else ratio  # exp(710) overflows
     slope = value if metric.exponential else 1.0
     return value, [slope * (x - ratio * c) / count for x, c in pairs]
+
+
+def _resampled(items: Sequence[Any]) -> tuple[list[float], list[list[float]]]:
+    """Sums over the items, and over RESAMPLES drawings of as many items with replacement, the same for every metric."""
+    import numpy
+
+    if not items:
+        raise DataError("a metric of no items")
+    table = numpy.asarray(items, dtype=numpy.float64)
+    if len(items) < 2:
+        return table.sum(axis=0).tolist(), []
+    times = numpy.random.default_rng(0).multinomial(len(items), [1 / len(items)] * len(items), size=RESAMPLES)
+    return table.sum(axis=0).tolist(), (times @ table).tolist()
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if values else None
 
 
 def _stderr(influence: Sequence[float]) -> float | None:

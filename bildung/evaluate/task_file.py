@@ -35,6 +35,7 @@ from bildung.core.errors import DataError, SettingsError, nearest
 from bildung.core.settings import resolve, settings
 from bildung.data.rows import Row
 from bildung.evaluate.metrics import metric_called
+from bildung.evaluate.sequence_metrics import SEQUENCE_METRICS
 
 PACKAGED = Path(__file__).parent / "task_files"
 BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # names of readers in `datasets`
@@ -43,7 +44,7 @@ METRICS_OF = {
     "multiple_choice": (("acc", "acc_norm"), ()),
     "loglikelihood": (("perplexity", "acc"), ()),
     "loglikelihood_rolling": (("word_perplexity", "byte_perplexity", "bits_per_byte"), ("perplexity",)),
-    "generate_until": (("exact_match",), ()),
+    "generate_until": (("exact_match",), SEQUENCE_METRICS),
     "chat_loglikelihood": (("perplexity",), ()),
 }
 
@@ -149,6 +150,12 @@ def _check(path: Path, file: TaskFile) -> None:
         if entry.metric not in (*default, *more):
             known = ", ".join((*default, *more))
             raise DataError(f"{path}: {file.output_type} does not measure {entry.metric!r}; it measures {known}")
+        ignores = entry.ignore_case or entry.ignore_punctuation or entry.regexes_to_ignore
+        if entry.metric in SEQUENCE_METRICS and ignores:
+            raise DataError(
+                f"{path}: {entry.metric} is measured as its signature says; ignore_case, ignore_punctuation and "
+                f"regexes_to_ignore belong to exact_match"
+            )
         if entry.higher_is_better not in (None, metric.higher_is_better):
             raise DataError(f"{path}: higher_is_better of {entry.metric} is {metric.higher_is_better}")
     needed = {"multiple_choice": ("doc_to_choice", "doc_to_target"), "chat_loglikelihood": ()}

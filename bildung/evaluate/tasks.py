@@ -29,6 +29,7 @@ from bildung.data.text import Message, conversation
 from bildung.evaluate import task_file
 from bildung.evaluate.likelihood import Score, encode_pair, rolling
 from bildung.evaluate.metrics import Item, exact_match
+from bildung.evaluate.sequence_metrics import SEQUENCE_METRICS, sequence_item
 from bildung.evaluate.task_file import TaskFile, choices_of, metrics_of, sources_of, target_of, text_of
 from bildung.tokens.chat_template import encode_conversation
 from bildung.tokens.tokenizer import Tokenizer
@@ -238,6 +239,9 @@ def measure_answer(task: Task, question: Question, answer: str) -> dict[str, Ite
     """{metric: item} of a generated answer; any of several right answers counts."""
     items: dict[str, Item] = {}
     for entry in metrics_of(task.file):
+        if entry.metric in SEQUENCE_METRICS:
+            items[entry.metric] = sequence_item(entry.metric, answer, question.answers)
+            continue
         options = {
             "ignore_case": entry.ignore_case,
             "ignore_punctuation": entry.ignore_punctuation,

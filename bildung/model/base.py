@@ -85,6 +85,8 @@ class Cache(Protocol):
 class CausalLM(Model):
     """A model of the next token: `model(tokens_BL) -> logits_BLV`. Decoding, scoring and training need no more."""
 
+    lm_head: Linear  # the unembedding
+
     def kv_cache(self, batch_size: int, max_length: int) -> Any:
         """An empty memory (of a recurrent model: a state) of `max_length` tokens, prompt and answer, for each row."""
         raise NotImplementedError

@@ -133,3 +133,34 @@ def test_the_exams_cross_entropies(make_model):
     nll = surprisal(model, torch.ones(2, 24), torch.tensor([2, 1]))
     assert nll.tolist() == pytest.approx([1.6094, 0.3567], abs=1e-4)
     assert nll.sum().item() == pytest.approx(-math.log(0.2 * 0.7), abs=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.7])
+@pytest.mark.parametrize("tied", [False, True])
+def test_label_smoothing_is_that_of_torch(make_model, batch_at, chunks, smoothing, tied):
+    """(1 - eps) one-hot + eps uniform over the vocabulary, in nats; value and gradients."""
+    model, batch = make_model(tied), batch_at(0)
+    loss = clm(model, batch, smoothing)
+    is_target = batch.loss_mask_BL[:, 1:]
+    logits = model(batch.tokens_BL, keep_BL=batch.keep_BL)[:, :-1][is_target]
+    targets = batch.tokens_BL[:, 1:][is_target]
+    plain = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(loss.total, plain, rtol=1e-6, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(clm(model, batch, smoothing).total, loss.total.detach())
+    ours, theirs = gradients(model, loss.total / loss.count), gradients(model, plain / loss.count)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_smoothed_loss_is_least_at_the_smoothed_distribution(make_model):
+    """Its minimum over all p is the entropy of (1 - eps) one-hot + eps / V, not 0."""
+    V, eps = 61, 0.1
+    best = math.log((1 - eps) + eps / V), math.log(eps / V)
+    logits = torch.full((1, V), best[1])
+    logits[0, 7] = best[0]
+    found, logp = objectives._nll(logits, torch.tensor([7]), eps)
+    assert float(found) == pytest.approx(
+        -(math.exp(best[0]) * best[0] + (V - 1) * math.exp(best[1]) * best[1]), rel=1e-5
+    )
+    assert objectives._slope(logp, torch.tensor([7]), eps).abs().max() < 1e-6

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bildung.core.errors import ModelFileError
+from bildung.model.blockwise import by_blocks, dynamic_map, nearest_code, scaled
 from bildung.model.quantized_store import DTYPE_NAMES, Quantized, check_finite
 
 # fmt: off
@@ -36,41 +37,11 @@ KEYS = {"weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "
 
 
 @cache
-def dynamic_map() -> Tensor:
-    """The 256 signed codes of 8-bit dynamic quantization (Dettmers 2015; bitsandbytes' `create_dynamic_map`).
-
-    For each of seven exponents 10^-6..1 a run of fractions that doubles in number: fine near zero, coarse near one.
-    """
-    codes: list[float] = []
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1)
-        means = (edges[:-1] + edges[1:]) / 2.0
-        codes += ((10 ** (-6 + exponent)) * means).tolist() + (-(10 ** (-6 + exponent)) * means).tolist()
-    return torch.tensor(sorted([*codes, 0.0, 1.0]), dtype=torch.float32)
-
-
-@cache
 def code_pairs(device: torch.device) -> Tensor:
     """The two NF4 values each byte stands for, their 8 bytes seen as one int64: one look-up fetches both (256,)."""
     code = torch.tensor(NF4_CODE)
     pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), dim=1)  # first of two in the high nibble
     return pairs.view(torch.int64).flatten().to(device)
-
-
-def _nearest_code(values: Tensor, code: Tensor) -> Tensor:
-    """Index of the closest code of each value; `code` is sorted."""
-    code = code.to(values.device)
-    return torch.bucketize(values, (code[1:] + code[:-1]) / 2).to(torch.uint8)
-
-
-def _by_blocks(values: Tensor, block: int) -> Tensor:
-    """(N,) -> (N/block, block), the last block filled with zeros."""
-    return F.pad(values, (0, -values.numel() % block)).view(-1, block)
-
-
-def _scaled(blocks: Tensor, absmax: Tensor) -> Tensor:
-    """Blocks divided by their absmax; by its reciprocal, as in bitsandbytes: x / absmax rounds differently."""
-    return blocks * (1.0 / absmax.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
 
 
 class Nf4(Quantized):
@@ -103,27 +74,27 @@ class Nf4(Quantized):
     def quantize(cls, weight_OI: Tensor) -> Nf4:
         """Block-wise NF4 of the flattened matrix, then its block maxima quantized in turn (0.127 bit per weight)."""
         weight_OI = weight_OI.detach()
-        blocks = _by_blocks(weight_OI.float().flatten(), NF4_BLOCK)
+        blocks = by_blocks(weight_OI.float().flatten(), NF4_BLOCK)
         absmax_G = blocks.abs().amax(1)
-        codes = _nearest_code(_scaled(blocks, absmax_G).flatten()[: weight_OI.numel()], torch.tensor(NF4_CODE))
+        codes = nearest_code(scaled(blocks, absmax_G).flatten()[: weight_OI.numel()], torch.tensor(NF4_CODE))
         codes = F.pad(codes, (0, codes.numel() % 2))
         packed = (codes[0::2] << 4) | codes[1::2]
         offset = absmax_G.mean()
-        nested = _by_blocks(absmax_G - offset, ABSMAX_BLOCK)
+        nested = by_blocks(absmax_G - offset, ABSMAX_BLOCK)
         nested_absmax = nested.abs().amax(1)
-        absmax = _nearest_code(_scaled(nested, nested_absmax).flatten()[: absmax_G.numel()], dynamic_map())
+        absmax = nearest_code(scaled(nested, nested_absmax).flatten()[: absmax_G.numel()], dynamic_map())
         shape = (weight_OI.shape[0], weight_OI.shape[1])
         return cls(packed[:, None], absmax, nested_absmax, offset, shape=shape, dtype=weight_OI.dtype)
 
     def block_maxima(self) -> Tensor:
         """The absmax of each block of 64 weights, dequantized (G,)."""
         code = dynamic_map().to(self.absmax.device)
-        nested = _by_blocks(code[self.absmax.long()], ABSMAX_BLOCK) * self.nested_absmax[:, None]
+        nested = by_blocks(code[self.absmax.long()], ABSMAX_BLOCK) * self.nested_absmax[:, None]
         return nested.flatten()[: self.absmax.numel()] + self.nested_offset
 
     def dense(self) -> Tensor:
         pairs = torch.index_select(code_pairs(self.codes.device), 0, self.codes.flatten().int())
-        blocks = _by_blocks(pairs.view(torch.float32), NF4_BLOCK) * self.block_maxima()[:, None]
+        blocks = by_blocks(pairs.view(torch.float32), NF4_BLOCK) * self.block_maxima()[:, None]
         weights = blocks.flatten()[: self.out_features * self.in_features]
         return weights.view(self.out_features, self.in_features).to(self.dtype)
 

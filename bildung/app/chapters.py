@@ -91,8 +91,12 @@ def read_life(directories: Iterable[Path]) -> list[Chapter]:
 
 
 def main_line(chapters: list[Chapter]) -> list[Chapter]:
-    """From the beginning through the longest line of models that were measured."""
-    return max((_line(chapter)[::-1] for chapter in chapters if card_tasks(chapter)), key=len, default=[])
+    """From the beginning to the model that the life was for: the measured one that was talked to in the end. Where none
+    was, the last of the longest line. Other models of the life are its branches."""
+    measured = [chapter for chapter in chapters if card_tasks(chapter)]
+    partners = [chapter.parent for chapter in chapters if chapter.record.operation == "chat"]
+    ends = [chapter for chapter in measured if chapter in partners] or measured
+    return max((_line(end)[::-1] for end in ends), key=lambda line: (len(line), _when(line[-1])), default=[])
 
 
 def card_tasks(chapter: Chapter) -> dict[str, Any]:

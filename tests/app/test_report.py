@@ -190,6 +190,28 @@ def test_reading_order_and_lanes(life: Path):
     assert len(read_life(find_directories([life]))) == 6
 
 
+def talk_to(life: Path, model: str, name: str) -> None:
+    (life / name).mkdir()
+    about: dict[str, Any] = {
+        "operation": "chat",
+        "settings": {},
+        "source": {"path": f"../{model}", "hash": "0" * 64},
+        "fingerprint": name,
+    }
+    write_record(life / name, Record(**about, started="2026-03-02T10:00:00+00:00"))
+
+
+def test_the_main_line_ends_with_the_model_that_was_talked_to(life: Path):
+    """Both quantized models are as far from the beginning; the one in use decides, not the first by name."""
+    change(life / "nf4", source={"path": "../aligned", "hash": "0" * 64})
+    names = [c.name for c in main_line(read_life(find_directories([life])))]
+    assert names == ["base", "tuned", "merged", "aligned", "nf4"], "without a conversation: the last one made"
+    change(life / "nf4", source={"path": "../merged", "hash": "0" * 64})
+    talk_to(life, "base", "first-talk")
+    talk_to(life, "nf4", "conversation")
+    assert [c.name for c in main_line(read_life(find_directories([life])))] == ["base", "tuned", "merged", "nf4"]
+
+
 def test_settings_that_differ_from_the_defaults():
     record = Record(
         operation="look logit_lens", settings={"prompt": "p", "chat": True, "against": None, "max_tokens": 96}

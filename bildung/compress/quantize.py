@@ -11,7 +11,8 @@ any change within a few thousand tokens, where perplexity and accuracy need far 
 in float32, so that the rounding of activations is not counted in.
 
 The directory loads in transformers: nf4 by bitsandbytes and stays 4-bit in memory; int8 by compressed-tensors, which
-makes it dense again while loading: small on disk only. Here, and in vLLM, both stay small.
+makes it dense again while loading: small on disk only. Here, and in vLLM, both stay small. (Of GPT-2 and GPT-NeoX,
+whose files fuse q, k and v, only this library reads the quantized form; the record then says so.)
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from bildung.evaluate.card import CardSettings
 from bildung.evaluate.compare import model_difference
 from bildung.model.linear import Dense, match_linears
 from bildung.model.quantized import METHODS
+from bildung.model.quantized_file import only_here
 from bildung.model.store import LanguageModel, load, write_model
 from bildung.model.transformer import Decoder
 
@@ -66,6 +68,11 @@ def quantize(source: Path, out: Path, settings: Settings, *, force: bool = False
         lm = load(source)
         bytes_before, bits_before = weight_bytes(lm.model), bits_per_parameter(lm.model, chosen)
         error = replace(lm.model, chosen, settings.method)
+        if own := only_here(lm.model):
+            job.notes.append(
+                f"{len(own)} matrices lie in this family's files fused or transposed, which no quantized format is: "
+                f"only this library loads the directory, others stop at it."
+            )
         write_model(lm, job.out)
         written = load(job.out)  # what is on the disk is what is measured
         job.measured |= {

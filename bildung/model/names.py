@@ -79,11 +79,13 @@ def place_of(key: str, table: Mapping[str, Stored]) -> tuple[str, Stored]:
 def quantized_place(linear: str, table: Mapping[str, Stored]) -> str:
     """The name in the file of a matrix in quantized form. A block of numbers can be neither transposed nor put
     together with others, so the parts of a fused matrix then lie side by side, each under its name here."""
-    stored = table.get(linear)
-    if stored is None:
-        return linear
-    fused = stored.parts > 1 or stored.transposed or stored.shape
-    return f"{stored.name}.{linear.rpartition('.')[2]}" if fused else stored.name
+    stored = table.get(linear, Stored(linear))
+    return f"{stored.name}.{linear.rpartition('.')[2]}" if is_reshaped(stored) else stored.name
+
+
+def is_reshaped(stored: Stored) -> bool:
+    """Whether a matrix of the file is another than ours: several in one, transposed, or of more dimensions."""
+    return stored.parts > 1 or stored.transposed or bool(stored.shape)
 
 
 def architecture(config: BaseConfig) -> str:

@@ -1,6 +1,7 @@
 """The quantization methods by name, and the words by which config.json tells others how the weights are stored.
 
 Int8 is written as compressed-tensors `pack-quantized` (transformers, vLLM), NF4 as bitsandbytes (transformers, vLLM).
+Of families whose files fuse or transpose matrices the quantized form is our own (see store.state_tensors).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from bildung.model.int8 import Int8
 from bildung.model.nf4 import Nf4
 from bildung.model.quantized_store import DTYPE_NAMES
 
-__all__ = ["METHODS", "Int8", "Nf4", "describe", "method_of"]
+__all__ = ["METHODS", "Int8", "Nf4", "describe", "describe_own", "method_of"]
 
 METHODS: dict[str, type[Int8] | type[Nf4]] = {"int8": Int8, "nf4": Nf4}
 
@@ -26,6 +27,7 @@ NF4_WORDS = {
     "bnb_4bit_use_double_quant": True,
 }
 INT8_WORDS = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+OWN_WORDS = {"quant_method": "bildung"}
 INT8_WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 
 
@@ -34,6 +36,8 @@ def method_of(raw_config: dict[str, Any]) -> str | None:
     given = raw_config.get("quantization_config")
     if given is None:
         return None
+    if _says(given, OWN_WORDS) and given.get("format") in METHODS:
+        return str(given["format"])
     if _says(given, NF4_WORDS):
         return "nf4"
     groups = given.get("config_groups") if _says(given, INT8_WORDS) else None
@@ -48,6 +52,11 @@ def method_of(raw_config: dict[str, Any]) -> str | None:
 
 def _says(given: Any, words: dict[str, Any]) -> bool:
     return isinstance(given, dict) and all(given.get(key) == value for key, value in words.items())
+
+
+def describe_own(method: str, kept: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of a directory that only this library reads. `kept`: matrices left dense."""
+    return {**OWN_WORDS, "format": method, "ignore": kept}
 
 
 def describe(method: str, kept: list[str], dtype: torch.dtype) -> dict[str, Any]:

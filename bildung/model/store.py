@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,19 +20,16 @@ from torch import Tensor, nn
 from bildung.core import ranks
 from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, nearest
 from bildung.core.record import Record, damage, hash_directory, read_record
-from bildung.model import adapter_file, attachments, names, onnx_file, quantized
-from bildung.model.base import Model
+from bildung.model import adapter_file, attachments, names, onnx_file, quantized_file
 from bildung.model.build import make
 from bildung.model.config import BaseConfig, from_dict, read_config
 from bildung.model.gguf_file import hf_config, hf_state_dict, read_gguf
 from bildung.model.linear import Dense, Linear
 from bildung.model.nf4 import QUANT_STATE
+from bildung.model.quantized_file import DTYPES
 from bildung.model.safetensors_file import read_tensors, write_tensors
 from bildung.tokens.gguf_tokenizer import tokenizer_from_gguf
 from bildung.tokens.tokenizer import Tokenizer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 BESIDE = (  # of a model's directory: kept when it is saved
     "generation_config.json",
@@ -152,7 +148,7 @@ def assemble(config: BaseConfig, tensors: dict[str, Tensor], dtype: str | None =
         tensors[f"{stem}.{'weight' if leaf == 'gamma' else 'bias'}"] = tensors.pop(name)
     names.complete(tensors, config)
     table = names.places(config)
-    _load_stores(model, tensors, table, dtype)
+    quantized_file.load_stores(model, tensors, table, dtype)
     wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
     keys = {name: name.replace(".base.weight", ".weight") for name in wanted}
     found = names.from_file(tensors, config, keys.values())
@@ -179,28 +175,6 @@ def assemble(config: BaseConfig, tensors: dict[str, Tensor], dtype: str | None =
     if left:
         raise ModelFileError(f"{len(left)} tensors belong nowhere in this model, the first is {left[0]}.")
     return model.eval()
-
-
-def _load_stores(
-    model: Model, tensors: dict[str, Tensor], table: Mapping[str, names.Stored], dtype: str | None
-) -> None:
-    """Give every matrix that the file holds in quantized form its quantized store."""
-    method = quantized.method_of(model.config.raw)
-    if method is None:
-        return
-    kind = quantized.METHODS[method]
-    stored = dtype or model.config.raw.get("dtype") or model.config.raw.get("torch_dtype") or "bfloat16"
-    if not isinstance(stored, str) or stored not in DTYPES:
-        raise ConfigError(f"config.json: dtype = {stored!r} is not known; allowed: {', '.join(DTYPES)}.")
-    for name, linear in model.linears().items():
-        marker = "weight_packed" if method == "int8" else "weight.absmax"
-        place = names.quantized_place(name, table)
-        if f"{place}.{marker}" not in tensors:
-            continue
-        prefix = f"{place}.weight"
-        parts = {k.removeprefix(f"{place}."): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
-        shape = (linear.out_features, linear.in_features)
-        linear.base = kind.from_tensors(parts, shape, DTYPES[stored])
 
 
 def save(lm: LanguageModel, path: str | Path) -> Path:
@@ -243,7 +217,7 @@ def write_model(lm: LanguageModel, directory: Path) -> None:
     dtype = str(lm.model.weight_dtype).removeprefix("torch.")
     raw = {k: v for k, v in lm.config.raw.items() if k not in ("torch_dtype", "quantization_config")}
     raw |= {"dtype": dtype, "architectures": [names.architecture(lm.config)]}
-    if (described := _quantization(lm.model, dtype)) is not None:
+    if (described := quantized_file.described(lm.model, DTYPES[dtype])) is not None:
         raw["quantization_config"] = described
     (directory / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for name, beside in ((name, lm.base / name) for name in BESIDE) if lm.base is not None else ():
@@ -272,22 +246,12 @@ def _check_base(lm: LanguageModel) -> None:
             )
 
 
-def _quantization(model: Model, dtype: str) -> dict[str, object] | None:
-    """config.json's quantization_config for the stores the model has; OutputError for a mixture."""
-    kinds = {name: type(linear.base) for name, linear in model.linears().items()}
-    methods = {method for method, kind in quantized.METHODS.items() if kind in kinds.values()}
-    if not methods:
-        return None
-    if len(methods) > 1:
-        raise OutputError(
-            f"one directory holds one quantization format; this model mixes {', '.join(sorted(methods))}."
-        )
-    kept = [name for name, kind in kinds.items() if kind is Dense]
-    return quantized.describe(methods.pop(), kept, DTYPES[dtype])
-
-
 def state_tensors(model: Any) -> dict[str, Tensor]:
-    """Tensors under the family's names: stores as their formats want them, a tied head once, no deltas."""
+    """Tensors under the family's names: stores as their formats want them, a tied head once, no deltas.
+
+    Quantized parts of a fused matrix lie side by side, which no other library reads. transformers would draw the matrix
+    at random and go on; so a tensor without numbers stands under its name, at whose shape it stops.
+    """
     tensors: dict[str, Tensor] = {}
     stored: dict[str, Tensor] = {}
     table = names.places(model.config)
@@ -300,6 +264,8 @@ def state_tensors(model: Any) -> dict[str, Tensor]:
             else:
                 place = names.quantized_place(name, table)
                 stored.update({f"{place}.{suffix}": t for suffix, t in module.base.tensors().items()})
+                if name in table and names.is_reshaped(table[name]):
+                    stored[f"{table[name].name}.weight"] = torch.empty(0)
         for leaf, parameter in module.named_parameters(recurse=False):
             tensors[f"{name}.{leaf}" if name else leaf] = parameter
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}

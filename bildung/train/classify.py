@@ -1,0 +1,57 @@
+"""Classification as a sum: -log p(class) of every example, in nats, beside how many are right.
+
+    states -> a head -> one logit per class -> softmax -> -log p(the label)
+
+What differs between an image, a sentence's [CLS] and anything else is the way to the logits, so that is a function:
+
+    fit(model, batches, Classify(image_logits), ...)
+    fit(model, batches, Classify(lambda model, batch: model.classify(model.hidden(batch.tokens_BL))), ...)
+"""
+
+# B batch, C classes
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from bildung.core.errors import DataError, SettingsError
+from bildung.train.loss import LossSum
+
+
+@dataclass(frozen=True)
+class Classify:
+    """The objective of a classifier: call it with (model, batch); the batch has `labels_B`, numbers of classes.
+
+    label_smoothing ε: the target is 1 - ε + ε/C on the label and ε/C on the other classes (Szegedy et al. 2016, arXiv
+    1512.00567, section 7): no logit is driven to infinity. The metric `nll` is the plain -log p(label).
+    """
+
+    logits: Callable[[Any, Any], Tensor]  # (model, batch) -> BC
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise SettingsError(f"label_smoothing = {self.label_smoothing} was given; it must lie in [0, 1).")
+
+    def __call__(self, model: Any, batch: Any) -> LossSum:
+        """The summed loss with `accuracy` and `nll`. Raises DataError for a label that is no class."""
+        logits_BC, labels_B = self.logits(model, batch).float(), batch.labels_B
+        C = logits_BC.shape[-1]
+        if len(wrong := labels_B[(labels_B < 0) | (labels_B >= C)]):
+            raise DataError(f"the label {int(wrong[0])} is none of the model's {C} classes, 0 to {C - 1}.")
+        total = F.cross_entropy(logits_BC, labels_B, reduction="sum", label_smoothing=self.label_smoothing)
+        detached = logits_BC.detach()
+        right = (detached.argmax(-1) == labels_B).sum()
+        nll = F.cross_entropy(detached, labels_B, reduction="sum")
+        return LossSum(total, len(labels_B), {"accuracy": right, "nll": nll})
+
+
+def image_logits(model: Any, batch: Any) -> Tensor:
+    """A vision model's logits of an ImageBatch."""
+    logits_BC: Tensor = model(batch.pixels_BCHW)
+    return logits_BC

@@ -25,6 +25,7 @@ from bildung.model.config import BaseConfig, ModelConfig
 from bildung.model.encoder import Encoder
 from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.layers import BatchNorm, LayerNorm, RMSNorm
+from bildung.model.rnn import RecurrentLM
 from bildung.model.transformer import Decoder, LayerScale
 from bildung.model.vit import VisionTransformer
 
@@ -38,6 +39,7 @@ def make(config: BaseConfig) -> Any:
         "encoder": Encoder,
         "encoder-decoder": EncoderDecoder,
         "vision": VisionTransformer,
+        "recurrent": RecurrentLM,
     }
     return kinds[config.kind](config)
 
@@ -48,6 +50,9 @@ def build(config: BaseConfig, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     drawn: set[int] = set()  # a tied unembedding is the embedding, and starts as one
     with torch.no_grad():
+        if isinstance(model, RecurrentLM):
+            model.draw(generator)
+            return model
         for name, module in model.named_modules():
             for leaf, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in drawn:

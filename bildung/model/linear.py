@@ -185,10 +185,11 @@ class Linear(nn.Module):
             for delta in self.enabled_deltas():
                 y_BLO = delta(x_BLI, y_BLO)
         if self.recorder is not None:
-            self._record(self.recorder, x_BLI, y_BLO)
+            self.record(self.recorder, x_BLI, y_BLO)
         return y_BLO
 
-    def _record(self, recorder: Recorder, x_BLI: Tensor, y_BLO: Tensor) -> None:
+    def record(self, recorder: Recorder, x_BLI: Tensor, y_BLO: Tensor) -> None:
+        """Tell a recorder of one use of the matrix: what went in, and later the gradient of what came out."""
         recorder.inputs(self.name, x_BLI.detach())
         if y_BLO.requires_grad:
             y_BLO.register_hook(lambda grad: recorder.gradients(self.name, x_BLI.detach(), grad))

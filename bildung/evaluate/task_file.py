@@ -20,6 +20,7 @@ added: output_type chat_loglikelihood scores the assistant's turns of a conversa
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import field
@@ -27,15 +28,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
 import yaml
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from bildung.core.errors import DataError, SettingsError, nearest
+from bildung.core.errors import ChatTemplateError, DataError, SettingsError, nearest
 from bildung.core.settings import resolve, settings
 from bildung.data.rows import Row
 from bildung.evaluate.metrics import metric_called
 from bildung.evaluate.sequence_metrics import SEQUENCE_METRICS
+from bildung.tokens.template_process import render_all
 
 PACKAGED = Path(__file__).parent / "task_files"
 BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # names of readers in `datasets`
@@ -198,28 +198,21 @@ def sources_of(path: Path, file: TaskFile, split: str | None) -> list[tuple[str,
     return [(str(there if there.exists() else name), None) for there, name in zip(beside, names, strict=True)]
 
 
-# The sandbox keeps a template from Python's attributes; rows are its variables, never its text. A task file is chosen
-# by the user like a recipe, so it gets no process of its own as the chat templates of downloaded models do.
-ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-
-
-@cache
-def _template(text: str) -> jinja2.Template:
-    return ENVIRONMENT.from_string(text)
-
-
 def rendered(key: str, template: str, row: Row) -> Any:
     """What `template` makes of a row: the column of that name, else the rendered text. Raises DataError."""
     if template in row:
         return row[template]
     if re.fullmatch(r"\w+", template):
         raise DataError(f"{key}: no column {template!r}. {nearest(template, row)} There are: {', '.join(row)}")
+    if not any(mark in template for mark in ("{{", "{%", "{#")):
+        return template
+    # Columns may hold dates or bytes, which a template sees as text: it runs in a process of its own, which the kernel
+    # stops when it loops or fills the memory, and what reaches it is JSON.
+    variables = json.loads(json.dumps(row, default=str))
     try:
-        return _template(template).render(**row)
-    except jinja2.UndefinedError as error:
-        raise DataError(f"{key}: {error}; the columns are {', '.join(row)}") from None
-    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise DataError(f"{key}: the template {template!r} fails: {error}") from None
+        return render_all(template, [variables], environment="task")[0]
+    except ChatTemplateError as error:
+        raise DataError(f"{key}: the template {template!r} fails: {error}; the columns are {', '.join(row)}") from None
 
 
 def text_of(file: TaskFile, row: Row) -> str:

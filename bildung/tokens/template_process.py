@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bildung.core.errors import ChatTemplateError
 from bildung.tokens import template_worker
@@ -22,13 +22,16 @@ _workers: dict[int, subprocess.Popen[str]] = {}
 _lock = threading.Lock()
 
 
-def render_all(template: str, renders: Sequence[Mapping[str, Any]]) -> list[str]:
+def render_all(
+    template: str, renders: Sequence[Mapping[str, Any]], environment: Literal["chat", "task"] = "chat"
+) -> list[str]:
     """Renders `template` once for each set of variables. All of them share one time limit.
 
     Raises ChatTemplateError when the template fails, is stopped at a limit, or gets values that are not JSON.
     """
+    name = "chat template" if environment == "chat" else "template"
     try:
-        request = json.dumps({"template": template, "renders": list(renders)})
+        request = json.dumps({"environment": environment, "template": template, "renders": list(renders)})
     except (TypeError, ValueError, RecursionError) as error:
         raise ChatTemplateError(
             f"messages and tools must be made of text, numbers, lists and objects as in JSON: {error}"
@@ -47,10 +50,10 @@ def render_all(template: str, renders: Sequence[Mapping[str, Any]]) -> list[str]
             raise
         if not line:
             status = _stop(worker)
-            raise ChatTemplateError(f"the chat template was stopped: {_reason(status)}. Use another chat template.")
+            raise ChatTemplateError(f"the {name} was stopped: {_reason(status)}. Use another {name}.")
     reply = json.loads(line)
     if "error" in reply:
-        raise ChatTemplateError(f"chat template: {reply['error']}")
+        raise ChatTemplateError(f"{name}: {reply['error']}")
     texts: list[str] = reply["texts"]
     return texts
 

@@ -1,4 +1,4 @@
-"""A process that renders chat templates: one JSON request a line on stdin, one JSON answer a line on stdout.
+"""A process that renders templates: one JSON request a line on stdin, one JSON answer a line on stdout.
 
 A chat template is a program from a stranger. jinja2's sandbox keeps it from Python's attributes, but nothing inside a
 Python process can stop one C call that builds a gigabyte (`'%1000000000d' % 1`, `x|tojson` of a list that holds itself
@@ -8,8 +8,9 @@ thirty times over). So templates run here, and the kernel holds the limits:
     memory        RLIMIT_AS, MEMORY bytes
     files         RLIMIT_NOFILE and RLIMIT_FSIZE leave no way to open or write one, should the sandbox ever leak
 
-Started by path, so it imports jinja2 and the standard library only. The environment is the one transformers renders
-with (trim_blocks, lstrip_blocks, loop controls, raise_exception, strftime_now, tojson without HTML escapes).
+Started by path, so it imports jinja2 and the standard library only. Chat templates get the environment transformers
+renders with (trim_blocks, lstrip_blocks, loop controls, raise_exception, strftime_now, tojson without HTML escapes),
+the templates of task files lm-eval's: a column that is not there is an error, and white space stays as it is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 SECONDS = 1.0
 MEMORY = 512 * 2**20
 MAX_CHARACTERS = 32 * 2**20
+MAX_COMPILED = 16  # templates kept; a task file has three, and its rows take turns
 # Noncharacters (Unicode 23.7: never in interchanged text) that frame what `{% generation %}` encloses.
 GENERATION_START, GENERATION_END = "\ufdd2", "\ufdd3"
 
@@ -84,14 +86,27 @@ def make_environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def answer(environment: jinja2.Environment, compiled: dict[str, jinja2.Template], request: dict[str, Any]) -> Any:
+def make_task_environment() -> ImmutableSandboxedEnvironment:
+    """The sandbox of task files' templates."""
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    del environment.globals["lipsum"]
+    environment.globals["namespace"] = Names
+    return environment
+
+
+def answer(
+    environments: dict[str, ImmutableSandboxedEnvironment],
+    compiled: dict[tuple[str, str], jinja2.Template],
+    request: dict[str, Any],
+) -> Any:
     """The rendered texts of one request, or what went wrong."""
-    source = request["template"]
+    which = (request["environment"], request["template"])
     try:
-        if source not in compiled:
-            compiled.clear()
-            compiled[source] = environment.from_string(source)
-        texts = [compiled[source].render(**variables) for variables in request["renders"]]
+        if which not in compiled:
+            if len(compiled) >= MAX_COMPILED:
+                compiled.clear()
+            compiled[which] = environments[which[0]].from_string(which[1])
+        texts = [compiled[which].render(**variables) for variables in request["renders"]]
     except MemoryError:
         return {"error": f"the template needed more than {MEMORY // 2**20} MiB of memory"}
     except RecursionError:
@@ -109,17 +124,18 @@ def answer(environment: jinja2.Environment, compiled: dict[str, jinja2.Template]
 
 def main() -> None:
     """Serves until stdin closes."""
-    environment = make_environment()
-    compiled: dict[str, jinja2.Template] = {}
+    environments = {"chat": make_environment(), "task": make_task_environment()}
+    compiled: dict[tuple[str, str], jinja2.Template] = {}
     # What is imported or opened lazily (time zone, jinja2's compiler) must be there before files become unavailable.
-    answer(environment, compiled, {"template": "{{ strftime_now('%d') | tojson }}", "renders": [{}]})
+    first = {"environment": "chat", "template": "{{ strftime_now('%d') | tojson }}", "renders": [{}]}
+    answer(environments, compiled, first)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        reply = json.dumps(answer(environment, compiled, json.loads(line)))
+        reply = json.dumps(answer(environments, compiled, json.loads(line)))
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(reply + "\n")
         sys.stdout.flush()

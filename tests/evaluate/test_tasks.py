@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import textwrap
 from collections import Counter
@@ -166,6 +167,27 @@ def test_code_in_a_task_file_is_refused(write, tag):
 def test_templates_stay_in_their_sandbox(write, template):
     with pytest.raises(DataError, match=r"fails|undefined"):
         load_task(write(CHOICE, t=('"Q: {{question}}\\nA:"', json.dumps(template))))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "more than 1 s of processor",
+        ),
+        ("{{ 'x' * 4000000000 }}", "memory"),
+    ],
+)
+def test_a_template_that_does_not_end_is_stopped(write, template, reason):
+    with pytest.raises(DataError, match=reason):
+        load_task(write(CHOICE, t=('"Q: {{question}}\\nA:"', json.dumps(template))))
+    assert load_task(write(CHOICE)).questions, "the next one is rendered as ever"
+
+
+def test_a_column_of_dates_is_text():
+    row = {"question": "when", "n": datetime.date(2024, 2, 29)}
+    assert task_file.rendered("doc_to_text", "{{question}}: {{n}}\n", row) == "when: 2024-02-29\n"
 
 
 def test_an_unknown_task_names_the_nearest():

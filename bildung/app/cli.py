@@ -26,6 +26,7 @@ import io
 import os
 import shlex
 import sys
+import typing
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NoReturn
@@ -96,6 +97,8 @@ def run_verb(verb: Verb, argv: list[str]) -> None:
         return module.command(parse(module.Command, verb, argv))
     given = parse(_operation_arguments(module), verb, argv)
     given.out = given.out.expanduser()  # "~" in quotes or after "=" is left to us by the shell
+    if hasattr(given, "card_settings") and any(word.partition(".")[0] == "--card" for word in argv):
+        given.settings = dataclasses.replace(given.settings, card=given.card_settings)
     previous = _record_or_none(given.out)
     function = getattr(module, verb.module.rpartition(".")[2])
     try:
@@ -115,7 +118,7 @@ def parse(cls: type, verb: Verb, argv: list[str]) -> Any:
         description=verb.summary,
         args=argv,
         return_unknown_args=True,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
     )
     if unknown := parsed[1]:
         hint = nearest(unknown[0].partition("=")[0], _flags(cls)) or f"bildung {verb.name} --help lists what there is"
@@ -157,7 +160,15 @@ def say(text: str, style: str) -> None:
 def _operation_arguments(module: ModuleType) -> type:
     """SOURCE OUT, the operation's settings as flags, and --force."""
     arg, positional = tyro.conf.arg, tyro.conf.Positional
-    source_help = "model directory, adapter directory, file, or what to fetch"
+    fields: list[Any] = []
+    if (card := _card_settings(module.Settings)) is not None:
+        # `card` may be none or settings of its own, which tyro would make a subcommand of. Here: one flag for the
+        # default card, and one for each of its settings.
+        fields += [
+            ("card", Annotated[bool, arg(help="measure the default tasks before and after")], False),
+            ("card_settings", Annotated[card, arg(name="card")], card()),
+        ]
+    source_help = "what to start from: a model or tokenizer directory, a file, or what to fetch"
     return dataclasses.make_dataclass(
         "Arguments",
         [
@@ -165,20 +176,29 @@ def _operation_arguments(module: ModuleType) -> type:
             ("out", Annotated[positional[Path], arg(metavar="OUT", help="directory to make")]),
             ("settings", Annotated[module.Settings, arg(name="")]),
             ("force", Annotated[bool, arg(help="make it even if up to date, and replace what OUT holds")], False),
+            *fields,
         ],
     )
 
 
+def _card_settings(settings: type) -> Any:
+    """The class behind a setting `card: CardSettings | None`; None when there is no such setting."""
+    kinds = typing.get_args(typing.get_type_hints(settings).get("card"))
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
+
+
 def _flags(cls: Any, prefix: str = "--") -> list[str]:
-    """The flags tyro makes of a dataclass; the fields of `settings` stand without prefix."""
+    """The flags tyro makes of a dataclass; the fields of `settings` stand without prefix, a card's behind "card."."""
     flags = []
     for field in dataclasses.fields(cls):
         inner = getattr(field.type, "__origin__", field.type)
         if dataclasses.is_dataclass(inner):
-            flags += _flags(inner, prefix if field.name == "settings" else f"{prefix}{field.name}.")
+            flags += _flags(
+                inner, prefix if field.name == "settings" else f"{prefix}{field.name.removesuffix('_settings')}."
+            )
         else:
             flags.append(prefix + field.name.replace("_", "-"))
-    return flags
+    return list(dict.fromkeys(flags))
 
 
 def _record_or_none(out: Path) -> Record | None:

@@ -47,6 +47,47 @@ def test_a_folder_alone_lists_its_verbs(bildung):
     assert code == 0 and "toy grow" in out and "toy hello" in out and "live" not in out
 
 
+MEASURE = """
+from __future__ import annotations
+from pathlib import Path
+from bildung.core.operation import perform
+from bildung.core.settings import settings
+
+@settings
+class CardSettings:
+    tasks: tuple[str, ...] = ("prose",)  # what is measured
+    limit: int | None = None  # documents
+
+@settings
+class Settings:
+    size: int = 1  # of it
+    card: CardSettings | None = None  # measure these tasks
+
+def measure(source: Path, out: Path, settings: Settings, *, force: bool = False):
+    return perform("toy measure", None, out, settings, lambda job: None, force=force)
+"""
+
+
+def test_a_card_is_a_flag_and_its_settings_are_flags(bildung, toys, tmp_path):
+    (toys / "toy" / "measure.py").write_text(f'"""Measures."""\n{MEASURE}')
+    cards = {
+        "": None,
+        "--card": {"tasks": ["prose"], "limit": None},
+        "--card.limit 5 --card": {"tasks": ["prose"], "limit": 5},
+        "--size 2 --card.tasks a b --force": {"tasks": ["a", "b"], "limit": None},
+        "--card.tasks=a": {"tasks": ["a"], "limit": None},
+        "--card.limit None": {"tasks": ["prose"], "limit": None},
+    }
+    for number, (flags, card) in enumerate(cards.items()):
+        code, _, err = bildung(f"toy measure x {number} {flags}")
+        assert code == 0, err
+        assert read_record(tmp_path / "work" / str(number)).settings["card"] == card
+    code, _, err = bildung("toy measure x y --card.taks a")
+    assert code == 2 and "did you mean '--card.tasks'" in err
+    _, out, _ = bildung("toy measure --help")
+    assert "card-settings" not in out and "--card.tasks" in out and "what is measured" in out
+
+
 def test_an_operation_gets_its_settings_from_flags(bildung, tmp_path):
     code, out, _ = bildung("toy grow pypi:x base --lines 3 --word oak")
     assert code == 0 and "base made in" in out

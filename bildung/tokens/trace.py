@@ -20,7 +20,7 @@ from bildung.core.errors import TokenizerError
 from bildung.tokens import bpe, wordpiece
 from bildung.tokens.bpe import Merge
 from bildung.tokens.tokenizer import Tokenizer
-from bildung.tokens.unigram import Path, Unigram
+from bildung.tokens.unigram import Segmentation, Unigram
 from bildung.tokens.wordpiece import Match
 
 LONGEST_WORD = 2000  # characters; the steps are worked out one by one, in time that grows with the square
@@ -28,11 +28,11 @@ LONGEST_WORD = 2000  # characters; the steps are worked out one by one, in time 
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-    """One word of a text. `steps`: of BPE the merges, of WordPiece the matches, of Unigram the best two paths."""
+    """One word of a text; its steps are BPE's merges, WordPiece's matches, or Unigram's best two segmentations."""
 
     text: str  # as the algorithm sees it: normalised, in byte-level vocabularies one character per byte
     start: tuple[str, ...]  # the symbols that BPE starts from; empty otherwise
-    steps: tuple[Merge, ...] | tuple[Match, ...] | tuple[Path, ...]
+    steps: tuple[Merge, ...] | tuple[Match, ...] | tuple[Segmentation, ...]
     tokens: tuple[str, ...]
     ids: tuple[int, ...]
 

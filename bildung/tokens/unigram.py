@@ -25,7 +25,7 @@ UNKNOWN_PENALTY = 10.0  # SentencePiece's
 
 
 @dataclasses.dataclass(frozen=True)
-class Path:
+class Segmentation:
     """A segmentation and the sum of its pieces' log-probabilities (natural)."""
 
     pieces: tuple[str, ...]
@@ -44,7 +44,7 @@ class Unigram:
         """The log-probability of a piece; of a character that is none, the unknown score; else None."""
         return self.scores.get(piece, self.unknown_score if len(piece) == 1 else None)
 
-    def best(self, word: str, count: int = 2) -> list[Path]:
+    def best(self, word: str, count: int = 2) -> list[Segmentation]:
         """The `count` best segmentations of `word`, the best first; fewer when there are no more.
 
         Of equal scores the one found first wins: its last piece is the longer one, as in the `tokenizers` library.
@@ -58,16 +58,16 @@ class Unigram:
                     ends[end] = sorted(ends[end] + ways, key=lambda way: -way[0])[:count]
         return [self._path(word, ends, which) for which in range(len(ends[-1]))]
 
-    def _path(self, word: str, ends: list[list[tuple[float, int, int]]], which: int) -> Path:
+    def _path(self, word: str, ends: list[list[tuple[float, int, int]]], which: int) -> Segmentation:
         """Follows the pointers back from the end of the word."""
         end, pieces, total = len(word), [], ends[len(word)][which][0]
         while end:
             _, start, which = ends[end][which]
             pieces.append(word[start:end])
             end = start
-        return Path(tuple(reversed(pieces)), total)
+        return Segmentation(tuple(reversed(pieces)), total)
 
-    def fused(self, path: Path) -> list[str]:
+    def fused(self, path: Segmentation) -> list[str]:
         """The pieces of a path, neighbouring unknown characters joined."""
         joined: list[str] = []
         after_unknown = False

@@ -14,6 +14,7 @@ ORDER = [
     {"tokens"},
     {"model"},
     {"data"},
+    {"tokenizer"},
     {"run"},
     {"train"},
     {"evaluate"},

@@ -50,6 +50,7 @@ class Settings(Birth):
     curriculum: tuple[int, ...] = ()  # shorter rows before those of max_length, each for an equal share of the steps
     sample_prompts: tuple[str, ...] = ()  # continued at every evaluation and at the end, for people to read
     sample_tokens: int = 40  # length of these continuations
+    held_out_tokens: int = 65536  # of the documents set aside, measure on pieces of about so many tokens in all
     baseline_order: int = 5  # tokens of the longest n-gram of the Kneser-Ney baseline; 0: none
 
 
@@ -67,7 +68,7 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
         folders = [_encoded(job, lm, name, number, settings) for number, name in enumerate(parts)]
         weights = list(parts.values())
         texts = [text for folder in folders for text in held_out_texts(folder)]
-        held = clm_examples(lm.tokenizer, texts, settings.max_length) if texts else []
+        held = _some(clm_examples(lm.tokenizer, texts, settings.max_length) if texts else [], settings.held_out_tokens)
         pad_id = lm.tokenizer.pad_id
         held_batches = [pad(held[start : start + 16], pad_id) for start in range(0, len(held), 16)]
         rows = [TokenRows(folder, settings.max_length) for folder in folders]
@@ -85,7 +86,8 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
         if texts:
             final = mean_loss(lm.model, clm, held_batches)["loss"]
             train = [piece for one in rows for row in one for piece in row]
-            job.measured |= held_out_figures(final, train, held, texts, lm.config.vocab_size, settings.baseline_order)
+            bytes_ = sum(len(lm.tokenizer.decode(_targets(piece), skip_special=True).encode()) for piece in held)
+            job.measured |= held_out_figures(final, train, held, bytes_, lm.config.vocab_size, settings.baseline_order)
         job.measured["tokens_per_epoch"] = sum(one.tokens for one in rows)
         if settings.sample_prompts:
             job.after["samples"] = samples(lm, settings)
@@ -152,6 +154,13 @@ def _batches(folders: Sequence[Path], weights: Sequence[float], given: Settings,
     return Phases([*((share, of_length(length)) for length in given.curriculum), (share, whole)])
 
 
+def _some(pieces: Sequence[Example], tokens: int) -> list[Example]:
+    """Evenly spaced pieces of about `tokens` tokens in all."""
+    total = sum(map(len, pieces))
+    step = max(1, round(total / max(tokens, 1)))
+    return list(pieces[::step])
+
+
 def _collate(rows: Sequence[Sequence[Example]], pad_id: int | None) -> Batch:
     """A batch of rows; without segments, for which attention is fastest, where every row is of one document."""
     if all(len(row) == 1 for row in rows):
@@ -163,12 +172,11 @@ def held_out_figures(
     loss_nats: float,
     train: Sequence[Example],
     held: Sequence[Example],
-    texts: Sequence[str],
+    bytes_: int,
     vocab_size: int,
     baseline_order: int,
 ) -> dict[str, float]:
     """The held-out loss per token and in bits per byte, and those of the two counting models."""
-    bytes_ = sum(len(text.encode()) for text in texts)
     tokens = num_targets(held)
     bits = tokens / math.log(2) / bytes_
     found = {

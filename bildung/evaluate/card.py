@@ -62,6 +62,12 @@ class CardSettings:
     sample_prompts: tuple[str, ...] = PROMPTS  # answered greedily, for people to read
     sample_tokens: int = 40  # length of these answers
 
+    def __post_init__(self) -> None:
+        for name in ("limit", "context", "batch_tokens", "sample_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}; it must be a whole number from 1")
+
 
 def card(lm: LanguageModel, settings: CardSettings) -> Card:
     """Measures the model. Raises DataError and SettingsError for task files that cannot be used."""

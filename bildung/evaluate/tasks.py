@@ -114,7 +114,8 @@ def data_of(name: str) -> dict[str, str]:
     for split in splits:
         for source, its_split in sources_of(path, file, split):
             hashes |= fingerprint(source, its_split)
-    return hashes
+    # What comes with bildung has the same name wherever it is installed.
+    return {name.removeprefix(f"{task_file.PACKAGED}/"): digest for name, digest in hashes.items()}
 
 
 def _read(path: Path, file: TaskFile, split: str | None) -> tuple[list[Row], list[str]]:

@@ -179,3 +179,10 @@ def test_a_generation_task(tiny_lm, tmp_path):
     )
     path.write_text(text + 'doc_to_target: "{{a}}"\n')
     assert card(tiny_lm, settings)["tasks"]["echo"]["items"] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["limit", "context", "batch_tokens", "sample_tokens"])
+def test_numbers_out_of_range_are_refused_before_anything_is_loaded(name):
+    for value in (0, -3):
+        with pytest.raises(SettingsError, match=f"{name} = {value}; it must be a whole number from 1"):
+            changed(**{name: value})

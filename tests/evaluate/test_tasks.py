@@ -120,6 +120,10 @@ def test_data_of_names_everything_read(write):
     assert data_of(path)["task.yaml"] != before["task.yaml"]
 
 
+def test_packaged_data_go_by_their_own_name():
+    assert set(data_of("capitals")) == {"capitals.yaml", "capitals.jsonl"}
+
+
 # ── refusals ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

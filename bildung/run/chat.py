@@ -26,6 +26,7 @@ from bildung.model.kv_cache import KVCache
 from bildung.model.packed import packed
 from bildung.run.decode import Sampling
 from bildung.run.generate import stream
+from bildung.run.sources import answers_sources
 from bildung.tokens.chat_template import encode_chat
 
 if TYPE_CHECKING:
@@ -56,6 +57,10 @@ class Conversation:
     """Messages so far, and the cache of what the model has read of them."""
 
     def __init__(self, lm: LanguageModel, new_tokens: int, sampling: Sampling, system: str | None = None):
+        if answers_sources(lm.model):
+            raise SettingsError(
+                f"a {lm.config.model_type} answers a source and remembers no conversation; use `bildung generate`."
+            )
         if lm.tokenizer.chat_template is None:
             raise SettingsError("this model has no chat template; `bildung generate` continues plain text.")
         if not 1 <= new_tokens < lm.config.max_position_embeddings:

@@ -3,6 +3,7 @@
     bildung generate DIR "The capital of France is" --new-tokens 16
     bildung generate DIR "Write a haiku" --chat --temperature 0.8 --seed 1
     bildung generate DIR "Once upon a time" --beams 4 --n-best 4
+    bildung generate lives/g2p/model "c a t"                  an encoder-decoder reads the text and writes its answer
 
 A prompt becomes token ids once; from there on only ids are appended. What is given back is the answer alone, without
 the prompt, without the stop token, cut before the first stop string.
@@ -19,10 +20,12 @@ import tyro
 
 from bildung.core.errors import DataError, SettingsError
 from bildung.core.settings import resolve, settings
+from bildung.data.seq2seq import encode_source
 from bildung.model.kv_cache import KVCache
 from bildung.run.beam import Beam
 from bildung.run.decode import Sampling, only_known
 from bildung.run.loop import decode_steps
+from bildung.run.sources import answers_sources, reading
 from bildung.run.write import CONTEXT_OF_TEXT, write
 from bildung.tokens.chat_template import encode_chat
 from bildung.tokens.stream import StreamDecoder
@@ -118,9 +121,17 @@ def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def encode_prompt(lm: LanguageModel, prompt: Prompt, chat: bool = False) -> list[int]:
-    """Token ids of a text (BOS if the model uses one), or of a conversation up to where the assistant speaks."""
+    """Token ids of a text (BOS if the model uses one), or of a conversation up to where the assistant speaks; for a
+    model that answers sources, of a text with what stands around a source."""
     if not isinstance(prompt, str) and (not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not prompt):
         raise DataError(f"the prompt is {str(prompt)[:60]!r}; a text, or a list of at least one message, is expected.")
+    if answers_sources(lm.model):
+        if chat or not isinstance(prompt, str):
+            raise SettingsError(
+                f"a {lm.config.model_type} reads a source and writes a target, and leads no conversation; give it a "
+                f"text, without chat."
+            )
+        return encode_source(lm.tokenizer, prompt)
     if isinstance(prompt, str) and not chat:
         ids = lm.tokenizer.encode(prompt)
         if not ids:
@@ -148,15 +159,16 @@ def stream(
     """
     stop = _stops(stop)
     sampling = sampling or Sampling()
-    rules = sampling.rules()
+    model, prompts, own_rules = reading(lm.model, [ids])
+    rules = [*own_rules, *sampling.rules()]
     if lm.config.vocab_size > lm.tokenizer.vocab_size:
         rules.append(only_known(lm.tokenizer.vocab_size))
     decoder, held = StreamDecoder(lm.tokenizer, skip_special=True), ""
-    decoder.context = list(ids[-CONTEXT_OF_TEXT:])
+    decoder.context = prompts[0][-CONTEXT_OF_TEXT:]
     stop_ids = lm.tokenizer.stop_ids
     for step in decode_steps(
-        lm.model,
-        [ids],
+        model,
+        prompts,
         new_tokens=new_tokens,
         choose=sampling.choose(),
         rules=rules,

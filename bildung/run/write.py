@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bildung.core.errors import SettingsError
-from bildung.model.base import CausalLM
+from bildung.model.base import Model
 from bildung.run.beam import Beam, beam_search
 from bildung.run.decode import Sampling, only_known
 from bildung.run.loop import decode
+from bildung.run.sources import reading
 from bildung.tokens.stream import StreamDecoder
 from bildung.tokens.tokenizer import Tokenizer
 
@@ -33,7 +34,7 @@ class Written:
 
 
 def write(
-    model: CausalLM,
+    model: Model,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
@@ -42,13 +43,15 @@ def write(
     beam: Beam | None = None,
     stop: Sequence[str] = (),
 ) -> list[list[Written]]:
-    """For each prompt of token ids its answers, the best first: the beam's `n_best`, or one without a beam.
+    """For each prompt of token ids its answers, the best first: the beam's `n_best`, or one without a beam. For a model
+    that answers sources (see sources.py) the prompts are these.
 
     stop: a text ends before the first of these (beam search compares the answers before they are cut).
     Raises SettingsError for a beam together with sampling, and as `decode` and `beam_search`.
     """
     sampling = sampling or Sampling()
-    rules, stop_ids = sampling.rules(), tokenizer.stop_ids
+    model, prompts, own_rules = reading(model, prompts)
+    rules, stop_ids = [*own_rules, *sampling.rules()], tokenizer.stop_ids
     if model.config.vocab_size > tokenizer.vocab_size:
         rules.append(only_known(tokenizer.vocab_size))
     found: list[list[Written]] = []

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from bildung.train.history import METRICS, History, Log, read_rows
 from bildung.train.interrupt import CtrlC
 from bildung.train.loss import LossSum, Objective
 from bildung.train.optim import Schedule, constant
+from bildung.train.overfitting import newly_overfitting
 from bildung.train.parallel import Parallel, whole
 
 __all__ = ["METRICS", "History", "LossSum", "Objective", "fit", "mean_loss"]
@@ -117,6 +119,8 @@ def fit(
                 row |= look(history.steps)
             history.seconds = row["seconds"] = earlier + time.monotonic() - start
             log.add(row)
+            if said := newly_overfitting(history.rows):
+                print(f"{title}: {said}", file=sys.stderr)
             bar.advance(1, tokens=row["tokens"], loss=row["loss"])
             if ctrl_c.pressed:
                 keep()
@@ -191,7 +195,7 @@ class _Run:
         norm = self._scale_gradients(step, count)
         factor = self.schedule(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+            group["lr"], group["taken"] = group["initial_lr"] * factor, step
         self.optimizer.step()
         row = {"step": step + 1, "loss": total / count, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm}
         means = {name: summed / count for name, summed in sums.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 from bildung.core.errors import DataError
 from bildung.data.masking import MaskedBatch
 from bildung.model.encoder import Encoder
-from bildung.train.fit import LossSum
+from bildung.train.loss import LossSum
 
 
 def mlm(model: Encoder, batch: MaskedBatch) -> LossSum:

@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups, and learning-rate schedules as plain functions of the step.
+"""Which optimizer, with which parameter groups; and learning-rate schedules as plain functions of the step.
 
 AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): weight decay is applied to the weights directly, not through the
 gradient. Norm weights, biases and other vectors are not decayed: shrinking a scale towards 0 regularises nothing.
@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from bildung.core.errors import SettingsError, TrainingError
+from bildung.train.adafactor import Adafactor
+from bildung.train.adamw_8bit import AdamW8bit
+from bildung.train.muon import Muon, matrices_of
+from bildung.train.paged import PagedAdamW
+from bildung.train.rounding import RoundedAdamW
 
+if TYPE_CHECKING:
+    from bildung.train.training import Training
+
+OptimizerName = Literal["adamw", "muon", "adafactor", "adamw_8bit", "paged_adamw"]
+Weights = Literal["fp32", "stochastic", "kahan"]
 Schedule = Callable[[int], float]  # step, counted from 0 -> factor of the learning rate
 ScheduleName = Literal["constant", "linear", "cosine"]
 
@@ -32,18 +43,79 @@ def adamw(
     The fused kernel goes through weights, gradients and moments once instead of about ten times. Raises TrainingError
     when nothing is trainable, SettingsError for a learning rate that is not positive.
     """
+    groups = parameter_groups(model, learning_rate, weight_decay)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+
+
+def optimizer_from(model: nn.Module, given: Training, folder: Path | None = None) -> torch.optim.Optimizer:
+    """The optimizer that the settings ask for. `train/optimizer.py` compares what they keep.
+
+    folder: where paged_adamw may put its file. Raises SettingsError for settings that exclude each other, TrainingError
+    when nothing is trainable.
+    """
+    _check_together(given)
+    groups = parameter_groups(model, given.learning_rate, given.weight_decay)
+    rate, name = given.learning_rate, given.optimizer
+    if given.weights != "fp32":
+        return RoundedAdamW(groups, lr=rate, rounding=given.weights, seed=given.seed)
+    if name == "muon":
+        hidden = set(matrices_of(model))
+        if not hidden:
+            raise TrainingError("no trainable matrix is inside a stack of layers: muon has nothing to do. Use adamw.")
+        matrices = [parameter for parameter in groups[0]["params"] if parameter in hidden]
+        groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter not in hidden]
+        others = [{**group, "muon": False} for group in groups if group["params"]]
+        return Muon([{"params": matrices, "weight_decay": given.weight_decay}, *others], lr=rate)
+    if name == "adafactor":
+        return Adafactor(groups, lr=rate, relative=given.relative_step)
+    if name == "adamw_8bit":
+        return AdamW8bit(groups, lr=rate)
+    if name == "paged_adamw":
+        return PagedAdamW(groups, lr=rate, budget=round(given.page_budget * 1e6), folder=folder)
+    return adamw(model, rate, weight_decay=given.weight_decay)
+
+
+def _check_together(given: Training) -> None:
+    """Raises SettingsError for a setting that another makes meaningless or impossible."""
+    sharded = given.parallel in ("zero2", "zero3", "hybrid")
+    plain = given.optimizer == "adamw" and given.weights == "fp32"
+    for wrong, why in (
+        (given.weights != "fp32" and given.optimizer != "adamw", f"weights = {given.weights!r} goes with adamw only"),
+        (given.relative_step and given.optimizer != "adafactor", "relative_step is a setting of adafactor only"),
+        (given.l1 and given.weights != "fp32", "l1 needs weights = 'fp32': its small steps would round away"),
+        (
+            sharded and not plain and given.optimizer != "muon",
+            f"parallel = {given.parallel!r} cuts the optimizer's state in parts, which only adamw and muon allow "
+            f"(with weights = 'fp32')",
+        ),
+        (
+            given.optimizer == "paged_adamw" and given.parallel not in ("none", "ddp"),
+            f"paged_adamw pages the whole state, parallel = {given.parallel!r} shares it out; choose one",
+        ),
+    ):
+        if wrong:
+            raise SettingsError(f"optimizer = {given.optimizer!r}: {why}.")
+
+
+def parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable matrices, decayed, and vectors, not decayed. Raises as `adamw` does."""
     if not learning_rate > 0:
         raise SettingsError(f"learning_rate {learning_rate} was given; it must be above 0 (LoRA: about 2e-4).")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise TrainingError("no parameter requires a gradient: nothing would be trained. Add a delta or unfreeze some.")
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=learning_rate, betas=betas, eps=eps, fused=True
-    )
+    return [group for group in groups if group["params"]]
+
+
+def bfloat16_weights(model: nn.Module) -> None:
+    """Keep what is trained in bfloat16 alone, in place, for an optimizer that rounds (train/rounding.py)."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
 
 
 def constant(warmup: int = 0) -> Schedule:

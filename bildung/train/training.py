@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,11 @@ from bildung.core.settings import settings
 from bildung.model.linear import Dense
 from bildung.model.store import LanguageModel
 from bildung.train.fit import History, Objective, fit, mean_loss
-from bildung.train.optim import ScheduleName, adamw, schedule
+from bildung.train.optim import OptimizerName, ScheduleName, Weights, bfloat16_weights, optimizer_from, schedule
+from bildung.train.overfitting import overfitting
+from bildung.train.paged import PagedAdamW
 from bildung.train.parallel import Kind, Parallel, held_bytes
+from bildung.train.regularise import add_gradient_noise, add_l1, neftune
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -33,9 +37,16 @@ class Training:
     learning_rate: float = 2e-4  # at the top of the schedule
     schedule: ScheduleName = "cosine"  # course of the learning rate after the warmup
     warmup: float = 0.03  # share of the steps in which the learning rate rises
-    weight_decay: float = 0.0  # of matrices; vectors are never decayed
+    optimizer: OptimizerName = "adamw"  # what turns gradients into steps, and how much it keeps (train/optimizer.py)
+    page_budget: float = 256.0  # paged_adamw: megabytes of its state that may be beside the weights
+    relative_step: bool = False  # adafactor: learning_rate is a share of each weight's own size, as in its paper
+    weights: Weights = "fp32"  # what trains is kept in fp32, or in bf16 rounded by chance or with Kahan's sum (adamw)
+    weight_decay: float = 0.0  # L2: matrices shrink by this share times the learning rate; vectors are never decayed
+    l1: float = 0.0  # L1: matrices shrink by this amount times the learning rate, down to 0
+    gradient_noise: float = 0.0  # variance of the noise on the first gradient; falls as 1 / (1 + step)^0.55
+    neftune: float = 0.0  # size of the noise on token vectors in training (published: 5, 10, 15)
     clip: float | None = 1.0  # largest norm of the gradient
-    precision: Literal["bf16", "fp32"] = "bf16"  # of activations; what trains is kept in float32 either way
+    precision: Literal["bf16", "fp32"] = "bf16"  # of activations
     seed: int = 0  # decides the first values, the order of the data, and dropout
     evaluate_every: int = 0  # steps between measurements of the held-out loss
     patience: int | None = None  # stop after so many measurements without a lower loss, and keep the best weights
@@ -53,7 +64,8 @@ def check_ranges(given: Training) -> None:
     for names, fits, allowed in (
         ("steps batch_size micro_steps patience", lambda number: number >= 1, "at least 1"),
         ("epochs learning_rate clip", lambda number: 0 < number < math.inf, "above 0 and finite"),
-        ("weight_decay", lambda number: 0 <= number < math.inf, "at least 0 and finite"),
+        ("page_budget", lambda number: 0 < number < math.inf, "above 0 and finite"),
+        ("weight_decay l1 gradient_noise neftune", lambda number: 0 <= number < math.inf, "at least 0 and finite"),
         ("held_out evaluate_every checkpoint_every", lambda number: number >= 0, "at least 0"),
         ("warmup", lambda number: 0 <= number <= 1, "between 0 and 1, a share of the steps"),
         ("seed", lambda number: -(2**63) <= number < 2**63, "a number of at most 64 bits"),
@@ -122,8 +134,16 @@ def run(
         sep="\n  ",
         file=sys.stderr,
     )
+    if given.weights != "fp32":
+        bfloat16_weights(model)
     parallel = Parallel(given.parallel, model, objective, offload=given.offload)
-    optimizer = parallel.optimizer(lambda: adamw(model, given.learning_rate, weight_decay=given.weight_decay))
+    optimizer = parallel.optimizer(lambda: optimizer_from(model, given, job.out))
+    if given.l1:
+        add_l1(optimizer, given.l1)
+    if given.gradient_noise:
+        add_gradient_noise(optimizer, given.gradient_noise, given.seed)
+    if isinstance(optimizer, PagedAdamW):
+        print(f"  optimizer state is on {optimizer.where}", file=sys.stderr)
 
     def evaluate(_: Any) -> dict[str, float]:
         found = mean_loss(model, lambda _, batch: parallel.loss(batch), held_out)
@@ -131,31 +151,37 @@ def run(
             found |= also(model)
         return found
 
-    history = fit(
-        model,
-        batch_at,
-        objective,
-        optimizer,
-        steps=steps,
-        micro_steps=given.micro_steps,
-        schedule=schedule(given.schedule, steps, round(given.warmup * steps)),
-        clip=given.clip,
-        seed=given.seed,
-        evaluate=evaluate if held_out else None,
-        evaluate_every=given.evaluate_every,
-        patience=given.patience,
-        out=job.out,
-        checkpoint_every=given.checkpoint_every,
-        tensorboard=given.tensorboard,
-        title=job.operation,
-        parallel=parallel,
-    )
+    with neftune(model, given.neftune) if given.neftune else contextlib.nullcontext():
+        history = fit(
+            model,
+            batch_at,
+            objective,
+            optimizer,
+            steps=steps,
+            micro_steps=given.micro_steps,
+            schedule=schedule(given.schedule, steps, round(given.warmup * steps)),
+            clip=given.clip,
+            seed=given.seed,
+            evaluate=evaluate if held_out else None,
+            evaluate_every=given.evaluate_every,
+            patience=given.patience,
+            out=job.out,
+            checkpoint_every=given.checkpoint_every,
+            tensorboard=given.tensorboard,
+            title=job.operation,
+            parallel=parallel,
+        )
     if given.parallel != "none":
         job.measured["held_bytes_per_rank"] = held_bytes(model, optimizer)
+    job.measured["optimizer_bytes"] = held_bytes(model, optimizer)["optimizer"]
+    if isinstance(optimizer, PagedAdamW):
+        job.measured["optimizer_resident_bytes"] = optimizer.peak_resident_bytes
     parallel.finish()
     job.tokens_seen, job.trained_tokens = history.tokens_seen, history.trained_tokens
     job.notes += notes
     job.measured |= {"trainable_parameters": trainable, "epochs": history.steps / one_pass, **history.summary()}
+    if said := overfitting(history.rows):
+        job.notes.append(said)
     if history.steps < steps:
         job.notes.append(f"stopped after step {history.steps} of {steps}: the held-out loss fell no further")
     return history

@@ -8,8 +8,8 @@ The starting weights are stated, not left to chance (config.init):
     xavier      U(±sqrt(6 / (in + out))), embeddings N(0, 1/D)                                Glorot & Bengio 2010
     t5          N(0, 1/in) per matrix, queries also divided by sqrt(head_dim), embeddings N(0, 1)    Raffel et al. 2020
 
-Recurrent models bring their own (rnn.py). The same seed gives the same weights on every machine (drawn on the CPU, in
-parameter order).
+Recurrent models bring their own (rnn.py, seq2seq.py). The same seed gives the same weights on every machine (drawn on
+the CPU, in parameter order).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bildung.model.encoder import Encoder
 from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.layers import BatchNorm, LayerNorm, RMSNorm
 from bildung.model.rnn import RecurrentLM
+from bildung.model.seq2seq import Seq2Seq
 from bildung.model.transformer import Decoder, LayerScale
 from bildung.model.vit import VisionTransformer
 
@@ -40,6 +41,7 @@ def make(config: BaseConfig) -> Any:
         "encoder-decoder": EncoderDecoder,
         "vision": VisionTransformer,
         "recurrent": RecurrentLM,
+        "seq2seq": Seq2Seq,
     }
     return kinds[config.kind](config)
 
@@ -50,7 +52,7 @@ def build(config: BaseConfig, seed: int = 0) -> Any:
     generator = torch.Generator().manual_seed(seed)
     drawn: set[int] = set()  # a tied unembedding is the embedding, and starts as one
     with torch.no_grad():
-        if isinstance(model, RecurrentLM):
+        if isinstance(model, RecurrentLM | Seq2Seq):
             model.draw(generator)
             return model
         for name, module in model.named_modules():

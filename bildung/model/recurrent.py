@@ -110,9 +110,10 @@ class RecurrentLayer(nn.Module):
         h_BLD, end = run(x_BLE, start, sequences)
         return h_BLD, sequences.finish(state, end)
 
-    def step(self, x_RE: Tensor, state: State) -> State:
-        """One token for each row: for decoders whose next input depends on this state."""
-        return self._step(self.input_proj(x_RE), state, lambda word, x: x, self._recurrent())
+    def stepper(self) -> Callable[[Tensor, State, Tap], State]:
+        """One token for each row, (x_RE, state, tap) -> state: for decoders whose next input depends on the state."""
+        recurrent = self._recurrent()
+        return lambda x_RE, state, tap: self._step(self.input_proj(x_RE), state, tap, recurrent)
 
     def _fits_kernel(self, x_BLE: Tensor) -> bool:
         if f"{self.cell} {self.act}" not in KERNELS or self.taps.wanted(*self.inner_sites):
@@ -197,6 +198,10 @@ class StepTaps:
     def at(self, step: int) -> Tap:
         """The function that a step calls with a word and its activation (rows at that step, K)."""
         return lambda word, x_RK: self._tap(f"{self.site}.{word}", step, x_RK)
+
+    def under(self, site: str, step: int) -> Tap:
+        """The same for activations of one column (B, 1, K) of another part of the model."""
+        return lambda word, x_B1K: self._tap(f"{site}.{word}", step, x_B1K[:, 0])[:, None]
 
     def _tap(self, site: str, step: int, x_RK: Tensor) -> Tensor:
         if not self.taps.wanted(site):

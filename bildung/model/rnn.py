@@ -165,7 +165,7 @@ class RecurrentLM(CausalLM):
         return self.taps("logits", self.lm_head(h_BLE))
 
     def draw(self, generator: torch.Generator) -> None:
-        """Starting weights: embeddings N(0, initializer_range²), layers see recurrent.draw, others Xavier's."""
+        """Starting weights: embeddings N(0, initializer_range²), layers see recurrent.draw, other matrices Xavier's."""
         config = self.config
         self.model.embed_tokens.weight.normal_(0.0, config.initializer_range, generator=generator)
         for layer in self.model.layers:

@@ -37,7 +37,7 @@ from rich.console import Console
 from bildung.core.errors import BildungError, SettingsError, nearest
 from bildung.core.progress import duration, size
 from bildung.core.record import Record, read_record
-from bildung.core.staging import staging_of, was_interrupted
+from bildung.core.staging import check_name, staging_of, was_interrupted
 from bildung.core.verbs import Verb, find, folder_summary, verbs
 
 HELP = ("-h", "--help")
@@ -99,6 +99,7 @@ def run_verb(verb: Verb, argv: list[str]) -> None:
     given.out = given.out.expanduser()  # "~" in quotes or after "=" is left to us by the shell
     if hasattr(given, "card_settings") and any(word.partition(".")[0] == "--card" for word in argv):
         given.settings = dataclasses.replace(given.settings, card=given.card_settings)
+    check_name(given.out)
     previous = _record_or_none(given.out)
     function = getattr(module, verb.module.rpartition(".")[2])
     try:

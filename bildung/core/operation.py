@@ -32,7 +32,7 @@ from bildung.core.record import (
     write_record,
 )
 from bildung.core.settings import as_dict
-from bildung.core.staging import place_of_work, publish, staging_of, to_disk, was_interrupted
+from bildung.core.staging import check_name, place_of_work, publish, staging_of, to_disk, was_interrupted
 
 
 class OccupiedError(OutputError):
@@ -75,6 +75,7 @@ def perform(
     Raises OutputError when `out` is occupied, being written by another process, or the disk is full.
     """
     out = Path(out)
+    check_name(out)
     inputs: dict[str, Any] = {
         "operation": operation,
         "settings": as_dict(settings),

@@ -23,6 +23,25 @@ from bildung.core.errors import OutputError
 from bildung.core.inputs import changed
 
 INPUTS = ".inputs.json"  # what the run that works here, or was interrupted here, started from
+LONGEST_NAME = 255 - len("..replaced")  # bytes; 255 is what Linux and macOS allow
+
+
+def check_name(out: Path) -> None:
+    """Raises OutputError for a path that no file system takes."""
+    if "\0" in str(out):
+        raise OutputError(f"the place to write to, {str(out)!r}, holds a null character; leave it out")
+    if len(os.fsencode(out.name)) > LONGEST_NAME:
+        raise OutputError(
+            f"the name {out.name[:40]}... has {len(os.fsencode(out.name))} bytes; at most {LONGEST_NAME} are possible, "
+            "with what is added to it while the work goes on"
+        )
+    try:
+        os.lstat(out)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise OutputError(
+                f"the path {str(out)[:80]}... is too long for this system; choose a shorter one"
+            ) from None
 
 
 def staging_of(out: Path) -> Path:

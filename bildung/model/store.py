@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bildung.core import ranks
 from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, nearest
 from bildung.core.record import Record, damage, hash_directory, read_record
+from bildung.core.staging import check_name
 from bildung.model import adapter_file, attachments, names, onnx_file, quantized_file
 from bildung.model.build import make
 from bildung.model.config import BaseConfig, from_dict, read_config
@@ -184,6 +185,7 @@ def save(lm: LanguageModel, path: str | Path) -> Path:
     written.
     """
     path = Path(path).expanduser()
+    check_name(path)
     if path.exists() and (path.is_file() or any(path.iterdir())):
         raise OutputError(f"{path} already holds something; give a new place.")
     partial = path.with_name(f".{path.name}.saving")  # not ".partial", where an operation keeps its checkpoints

@@ -176,3 +176,8 @@ def test_a_full_disk_behind_the_output_is_one_message():
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("the disk is full") and "Traceback" not in done.stderr
+
+
+def test_a_name_that_is_too_long_is_one_message(bildung):
+    code, _, err = bildung(f"toy grow pypi:x {'a' * 300}")
+    assert code == 2 and "has 300 bytes; at most 245" in err and "Traceback" not in err

@@ -175,6 +175,22 @@ def test_a_place_that_cannot_be_written(tmp_path):
             made(out)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a" * 246, "has 246 bytes; at most 245"),
+        ("ü" * 200, "has 400 bytes"),
+        ("a" * 300 + "/model", "too long for this system"),
+        ("a/" * 2500 + "model", "too long for this system"),
+        ("nu\0ll", "null character"),
+    ],
+)
+def test_names_that_no_file_system_takes(tmp_path, name, message):
+    with pytest.raises(OutputError, match=message):
+        made(tmp_path / name)
+    assert made(tmp_path / ("a" * 245)) == made(tmp_path / ("a" * 245))
+
+
 def test_what_the_work_cannot_read_is_no_trouble_of_the_disk(tmp_path):
     def read(job: Job) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "secret.jsonl"))

@@ -35,6 +35,7 @@ WORDS = {
     "app.compare": "compare",
     "app.report": "report",
     "app.sites": "sites",
+    "app.show": "show",
 }
 
 

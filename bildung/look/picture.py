@@ -49,7 +49,7 @@ def draw_lens(numbers: dict[str, Any], path: Path) -> None:
         _heat(axes[-1], values, texts, ORANGES, max(float(values.max()), 1e-6))
         title = f"KL(A‖B), 0 to {values.max():.2g} nats; first: top tokens part"
         _frame(axes[-1], numbers["labels"], layers, title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_heads(probs_NHLS: np.ndarray, title: str, path: Path, difference: bool = False) -> None:
@@ -75,7 +75,7 @@ def draw_heads(probs_NHLS: np.ndarray, title: str, path: Path, difference: bool 
     axis.set_xlabel("head", fontsize=8, color=MUTED, family=FONT)
     axis.set_ylabel("layer", fontsize=8, color=MUTED, family=FONT)
     _calm(axis, f"{title}, full colour: {high:.2f}" if difference else title)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def drawable(text: str) -> str:
@@ -116,7 +116,8 @@ def _plain() -> dict[str, Any]:
     return {"family": MONO, "parse_math": False}  # "$x$" in a token is no formula
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG."""
     # Without Software and date the same numbers give the same bytes.
     figure.savefig(
         path, metadata={"Software": None, "Title": "bildung", "Source": f"matplotlib {matplotlib.__version__}"}

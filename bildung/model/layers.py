@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bildung.core.errors import ConfigError, nearest
+from bildung.core.errors import ConfigError, DataError, nearest
 from bildung.model.config import ModelConfig
 from bildung.model.linear import dense_linear, project
 from bildung.model.taps import Taps
@@ -25,7 +25,14 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
 
     def forward(self, tokens_BL: Tensor) -> Tensor:
-        return F.embedding(tokens_BL, self.weight)
+        try:
+            return F.embedding(tokens_BL, self.weight)
+        except IndexError:  # on the CPU; a check beforehand would cost every decoding step
+            wrong = tokens_BL[(tokens_BL < 0) | (tokens_BL >= len(self.weight))]
+            raise DataError(
+                f"id {int(wrong[0])} was given; this table has {len(self.weight)} rows, so ids run from 0 to "
+                f"{len(self.weight) - 1}. Were the tokens made by another model's tokenizer?"
+            ) from None
 
 
 # ── normalisation ───────────────────────────────────────────────────────────────────────────────────────────────────

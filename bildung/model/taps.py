@@ -77,7 +77,16 @@ def sites(model: nn.Module) -> dict[str, str]:
     B batch, L query length, S key length, D hidden_size, N attention heads, K key-value heads, H head_dim, F
     intermediate_size, V vocabulary. `attn.q` and `attn.k` are before the rotation; `attn.scores` after the mask.
     """
+    _check_model(model)
     return dict(model.sites)  # type: ignore[arg-type]
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(getattr(model, "taps", None), Taps):
+        hint = (
+            "give its .model" if isinstance(getattr(model, "model", None), nn.Module) else "load one with bildung.load"
+        )
+        raise NoSuchSite(f"a {type(model).__name__} has no activation sites, a model has; {hint}.")
 
 
 def match_sites(model: nn.Module, pattern: str | Sequence[str]) -> list[str]:
@@ -145,6 +154,7 @@ def attach(model: nn.Module, pattern: str | Sequence[str], module: Attachment) -
     They are part of `model.parameters()` and of a saved directory (attachments.safetensors + attachments.json).
     Raises NoSuchSite; BadIntervention when a site already has one.
     """
+    _check_model(model)
     attached: nn.ModuleDict = model.attached  # type: ignore[assignment]
     taps: Taps = model.taps  # type: ignore[assignment]
     made: dict[str, Attachment] = {}
@@ -161,6 +171,7 @@ def attach(model: nn.Module, pattern: str | Sequence[str], module: Attachment) -
 
 def detach(model: nn.Module, pattern: str | Sequence[str]) -> None:
     """Remove attached modules again."""
+    _check_model(model)
     attached: nn.ModuleDict = model.attached  # type: ignore[assignment]
     for site in match_sites(model, pattern):
         key = site.replace(".", "/")

@@ -16,7 +16,7 @@ from bildung.model.quantized import Nf4
 from bildung.model.taps import Attachment, attach, detach, intervene, match_sites, observe, sites
 from bildung.model.transformer import Decoder
 from tests.model.test_linear import with_lora
-from tests.model.tiny import tiny_decoder, tokens
+from tests.model.tiny import tiny_decoder, tiny_lm, tokens
 
 SIZES = {"B": 2, "L": 11, "S": 11, "D": 192, "N": 6, "K": 2, "H": 64, "F": 320, "V": 101}
 
@@ -183,3 +183,18 @@ def test_taps_are_honoured_under_torch_compile(backend: str) -> None:
             compiled(tokens())
         assert seen["layers.0.attn.z"].shape == (2, 11, 6, 64)
         torch.testing.assert_close(compiled(tokens()), plain, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_no_model_is_refused_with_the_way_to_one() -> None:
+    lm = tiny_lm()
+    for use in (
+        lambda: sites(lm),  # type: ignore[arg-type]
+        lambda: observe(lm, "embed").__enter__(),  # type: ignore[arg-type]
+        lambda: intervene(lm, {"embed": lambda x: x}).__enter__(),  # type: ignore[arg-type]
+        lambda: attach(lm, "embed", Scale()),  # type: ignore[arg-type]
+        lambda: detach(lm, "embed"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(NoSuchSite, match=r"a LanguageModel has no activation sites, a model has; give its \.model"):
+            use()
+    with pytest.raises(NoSuchSite, match="a str has no activation sites"):
+        sites("lives/base")  # type: ignore[arg-type]

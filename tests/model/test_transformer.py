@@ -133,3 +133,9 @@ def test_rounding_the_weights_does_not_round_the_positions() -> None:
     exact = model.model.rotary(torch.tensor([[100]]), torch.float32)
     rounded = model.to(torch.bfloat16).model.rotary(torch.tensor([[100]]), torch.float32)
     assert torch.equal(exact[0], rounded[0]) and torch.equal(exact[1], rounded[1])
+
+
+@pytest.mark.parametrize("wrong", [101, -1, 5000])
+def test_ids_without_a_row_are_named(wrong: int) -> None:
+    with pytest.raises(DataError, match=f"id {wrong} was given; this table has 101 rows, so ids run from 0 to 100"):
+        tiny_decoder()(torch.tensor([[5, 6, wrong]]))

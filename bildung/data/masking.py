@@ -14,7 +14,7 @@ vocabulary, special tokens too).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bildung.core.errors import DataError, TokenizerError
 from bildung.data.batches import Shuffled
+from bildung.tokens.frames import Frame
 from bildung.tokens.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -97,6 +98,19 @@ def pad_sentences(rows: Sequence[Sequence[Sentences]], pad_id: int | None, multi
         positions_BL if packed else None,
         segments_BL if packed else None,
     )
+
+
+def pieces(documents: Iterable[Sequence[int]], frame: Frame, max_length: int) -> list[Sentences]:
+    """Encoded documents cut into texts of at most `max_length` tokens with their special ones; nothing is left out."""
+    room = max_length - frame.size(pair=False)
+    if room < 1:
+        raise DataError(f"max_length = {max_length} leaves no room beside the special tokens.")
+    made = []
+    for tokens in documents:
+        for start in range(0, len(tokens), room):
+            framed = frame.put(tokens[start : start + room])
+            made.append(Sentences(framed.tokens, framed.types))
+    return made
 
 
 class Masker:

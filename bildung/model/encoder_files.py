@@ -12,12 +12,13 @@ So the class says which heads must be there, and the tensors which others are. W
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from bildung.core.errors import ConfigError
 from bildung.model.config import ConfigKeys, ModelConfig
 
 
@@ -51,6 +52,14 @@ class EncoderFiles:
             return len(heads) if heads <= set(config.heads) and name != bare else 0
 
         return max(self.classes, key=opened)
+
+    def class_with(self, heads: Collection[str]) -> str:
+        """The class with exactly these heads. Raises ConfigError when the family has none."""
+        for name, its in self.classes.items():
+            if set(its) == set(heads):
+                return name
+        known = "; ".join(f"{name}: {', '.join(its) or 'none'}" for name, its in self.classes.items())
+        raise ConfigError(f"no {self.prefix.rstrip('.')} has the heads {', '.join(sorted(heads))}. There are {known}.")
 
     def body_prefix(self, config: ModelConfig) -> str:
         """What stands before the names of the tensors below the heads."""

@@ -1,0 +1,177 @@
+"""A text classifier: a head on an encoder's [CLS], trained together with it (Devlin et al. 2019, section 4.1).
+
+    [CLS] a fine film [SEP] -> encoder -> state of [CLS] -> pooler -> one logit per class
+
+    bildung tune classify lives/bert/base OUT --data nursery:imdb --test nursery:imdb/test
+
+Any encoder will do: what it has of the head's parts is kept (BERT's pooler), the rest starts at random. The accuracy on
+texts that were not trained on stands beside that of always naming the most frequent class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bildung.core.errors import DataError, SettingsError
+from bildung.core.operation import Job, perform
+from bildung.core.record import Record
+from bildung.core.settings import settings as settings_class
+from bildung.data.batches import Shuffled
+from bildung.data.labelled import Labelled, TextBatch, encode_labelled, pad_texts, read_labelled, text_batches
+from bildung.data.sources import fingerprint
+from bildung.model.build import build
+from bildung.model.config import from_dict
+from bildung.model.names import family_of
+from bildung.model.store import LanguageModel, load, write_model
+from bildung.pretrain.birth import set_aside
+from bildung.train.classify import Classify
+from bildung.train.fit import mean_loss
+from bildung.train.optim import ScheduleName
+from bildung.train.training import COMPUTE, Training, check_ranges, check_trainable, run
+
+
+@settings_class
+class Settings(Training):
+    """Text classification."""
+
+    data: str  # rows with a text and its class
+    test: str | None = None  # rows to measure on; default: those of `held_out`
+    held_out: int = 0  # rows kept out of training, to measure on
+    limit: int | None = None  # use only the first so many rows
+    text: str = "text"  # column of the text
+    second: str | None = None  # column of a second text, for pairs to be judged together
+    label: str = "label"  # column of the class, a number or a name
+    max_length: int = 128  # tokens of a text, special ones included; longer ones are cut
+    label_smoothing: float = 0.0  # share of the target that is spread over all classes
+    learning_rate: float = 5e-5  # at the top of the schedule
+    schedule: ScheduleName = "linear"  # course of the learning rate after the warmup
+    warmup: float = 0.1  # share of the steps in which the learning rate rises
+    weight_decay: float = 0.01  # of matrices; vectors are never decayed
+    batch_size: int = 32  # texts per micro-step
+    checkpoint_every: int = 100  # steps between checkpoints; a killed run goes on from the last
+
+
+def classify(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
+    """Train a classifier; `out` becomes a model directory that transformers opens as ...ForSequenceClassification.
+
+    Raises SettingsError, DataError and TrainingError, each saying what does not fit.
+    """
+    source = Path(source)
+    check_ranges(settings)
+    if settings.test is None and settings.evaluate_every and not settings.held_out:
+        raise SettingsError(f"evaluate_every = {settings.evaluate_every} needs texts to measure on: give held_out.")
+
+    def work(job: Job) -> None:
+        lm = load(source, "float32")
+        if lm.config.kind != "encoder":
+            raise DataError(f"{source} is a {lm.config.model_type} of kind {lm.config.kind!r}; an encoder is needed.")
+        check_trainable(lm, source)
+        dtype = load(source).model.weight_dtype
+        data = read(settings, settings.data, None)
+        train, aside = split(data, settings)
+        final = aside if settings.test is None else read(settings, settings.test, data.classes)
+        lm = with_classifier(job, lm, data.classes, settings.seed)
+        longest, pad_id = min(settings.max_length, lm.config.max_position_embeddings), lm.tokenizer.pad_id
+        encoded = {
+            name: encode_labelled(lm.tokenizer, part, longest)
+            for name, part in (("train", train), ("aside", aside), ("final", final))
+            if part is not None
+        }
+        lm.model.requires_grad_(True)
+        lm.model.compute_dtype = COMPUTE[settings.precision]
+        objective = Classify(text_logits, settings.label_smoothing)
+        cut = sum(len(framed.tokens) == longest for framed, _ in encoded["train"])
+        run(
+            job,
+            lm.model,
+            settings,
+            Shuffled(encoded["train"], settings.batch_size, settings.seed, partial(pad_texts, pad_id=pad_id)),
+            objective,
+            what=f"{len(train):,} texts of {len(data.classes)} classes, {cut:,} of them filling {longest} tokens",
+            held_out=list(text_batches(encoded.get("aside", []), 64, pad_id)),
+            notes=data.notes,
+        )
+        if final is not None:
+            found = mean_loss(lm.model, Classify(text_logits), text_batches(encoded["final"], 64, pad_id))
+            job.measured |= figures(found, train, final)
+            print(shown(job))
+        lm.model.compute_dtype = None
+        lm.model.to(dtype)
+        write_model(lm, job.out)
+
+    data = fingerprint(settings.data) | (fingerprint(settings.test) if settings.test is not None else {})
+    return perform("tune classify", source, out, settings, work, data=data, force=force)
+
+
+def text_logits(model: Any, batch: TextBatch) -> Tensor:
+    """An encoder's logits BC of a batch of texts."""
+    h_BLD = model.hidden(batch.tokens_BL, keep_BL=batch.keep_BL, types_BL=batch.types_BL)
+    logits_BC: Tensor = model.classify(h_BLD)
+    return logits_BC
+
+
+def read(settings: Settings, source: str, classes: Sequence[str] | None) -> Labelled:
+    """The labelled texts of a source, from the columns that the settings name."""
+    columns: dict[str, Any] = {"text": settings.text, "second": settings.second, "label": settings.label}
+    return read_labelled(source, limit=settings.limit, classes=classes, **columns)
+
+
+def split(data: Labelled, settings: Settings) -> tuple[Labelled, Labelled | None]:
+    """(texts to train on, those held out)."""
+    if not settings.held_out:
+        return data, None
+    kept, aside = set_aside(range(len(data)), settings.held_out, settings.seed)
+    return data.take(kept), data.take(aside)
+
+
+def with_classifier(job: Job, lm: LanguageModel, classes: Sequence[str], seed: int) -> LanguageModel:
+    """The encoder with a head for these classes; a head for the same classes is kept. Other heads are left out."""
+    known = lm.config.raw.get("id2label") or {}
+    names = {str(number): name for number, name in enumerate(classes)}
+    if lm.model.classifier is not None and known == names:
+        return lm
+    files = family_of(lm.config).FILES
+    headed = next(name for name, heads in files.classes.items() if any(head.startswith("classify") for head in heads))
+    numbers = {name: number for number, name in enumerate(classes)}
+    raw = {key: value for key, value in lm.config.raw.items() if key != "num_labels"}
+    config = from_dict({**raw, "architectures": [headed], "id2label": names, "label2id": numbers})
+    model = build(config, seed)
+    old, new = lm.model.state_dict(), model.state_dict()
+    kept = {name: old[name] for name in new if name in old and not name.startswith("classifier.")}
+    model.load_state_dict(kept, strict=False)
+    fresh = sorted({name.partition(".")[0] for name in new if name not in kept})
+    gone = sorted({name.partition(".")[0] for name in old if name not in new})
+    job.notes.append(f"started at random: {', '.join(fresh)}" + (f"; left out: {', '.join(gone)}" if gone else ""))
+    return replace(lm, model=model, config=config)
+
+
+def figures(found: dict[str, float], train: Labelled, final: Labelled) -> dict[str, Any]:
+    """Accuracy with its standard error, beside that of the class that is most frequent in training."""
+    most = Counter(train.labels).most_common(1)[0][0]
+    accuracy, n = found["accuracy"], len(final)
+    return {
+        "accuracy": accuracy,
+        "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / n),
+        "majority_class": train.classes[most],
+        "majority_accuracy": final.labels.count(most) / n,
+        "nll": found["nll"],
+        "test_texts": n,
+        "classes": list(train.classes),
+    }
+
+
+def shown(job: Job) -> str:
+    """The figures in words."""
+    m = job.measured
+    return (
+        f"of {m['test_texts']:,} texts: accuracy {m['accuracy']:.3f} ± {m['accuracy_stderr']:.3f} "
+        f"(always {m['majority_class']!r}: {m['majority_accuracy']:.3f})"
+    )

@@ -1,0 +1,57 @@
+"""Labelled texts: classes by name or number, what is dropped, and batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bildung.core.errors import DataError
+from bildung.data.labelled import encode_labelled, pad_texts, read_labelled, text_batches
+from tests.model.tiny_encoder import wordpiece
+
+
+def file(tmp_path: Path, rows: list[dict[str, Any]]) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_classes_and_dropped_rows(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a", "label": 10},
+        {"text": "b", "label": 2},
+        {"text": "c", "label": 10},
+        {"text": " ", "label": 2},
+    ]
+    data = read_labelled(file(tmp_path, [*rows, {"text": "d"}, {"text": "e", "label": [1]}]))
+    assert data.classes == ("2", "10") and data.labels == [1, 0, 1] and len(data) == 3
+    assert "no text" in data.notes[0] and "no class" in data.notes[0]
+    assert data.take([2, 0]).texts == [("c", None), ("a", None)]
+    flags = read_labelled(file(tmp_path, [{"text": "a", "label": True}, {"text": "b", "label": False}]))
+    assert flags.classes == ("0", "1") and flags.labels == [1, 0]
+    named = read_labelled(file(tmp_path, [{"q": "a", "r": "x", "c": "no"}, {"q": "b", "r": "y", "c": "yes"}]),
+                          text="q", second="r", label="c")  # fmt: skip
+    assert named.classes == ("no", "yes") and named.texts[1] == ("b", "y")
+
+
+def test_classes_that_do_not_fit(tmp_path: Path) -> None:
+    source = file(tmp_path, [{"text": "a", "label": "good"}, {"text": "b", "label": "bad"}])
+    assert read_labelled(source, classes=("good", "bad", "fair")).labels == [0, 1]
+    with pytest.raises(DataError, match=r"'good' is none of the 2 known.*did you mean 'goods'"):
+        read_labelled(source, classes=("goods", "bad"))
+    with pytest.raises(DataError, match="the only class is 'x'"):
+        read_labelled(file(tmp_path, [{"text": "a", "label": "x"}]))
+
+
+def test_batches(tmp_path: Path) -> None:
+    tokenizer = wordpiece()
+    source = file(tmp_path, [{"text": "the cat sat", "label": 0}, {"text": "a dog", "label": 1}] * 2)
+    items = encode_labelled(tokenizer, read_labelled(source), 4)
+    batch = pad_texts(items[:2], 0)
+    assert batch.tokens_BL.shape == (2, 8) and batch.num_tokens == 8 and batch.num_targets == 2
+    assert batch.tokens_BL[0, 3] == tokenizer.id_of("[SEP]") and batch.labels_B.tolist() == [0, 1]
+    assert [one.num_targets for one in text_batches(items, 3, 0)] == [3, 1]
+    assert batch.to("cpu").types_BL.sum() == 0

@@ -121,6 +121,8 @@ def check(settings: Settings) -> None:
             raise SettingsError(f"{name} = {getattr(settings, name)} was given; it must lie between 0 and 1.")
     if settings.copies < 1:
         raise SettingsError(f"copies = {settings.copies} was given; at least 1.")
+    if settings.held_out == 1 and settings.objective == "mlm+nsp":
+        raise SettingsError("held_out = 1 was given; random sentences come from another document: give 0 or 2.")
     if settings.pack and settings.objective != "mlm":
         raise SettingsError(
             f"pack is for mlm alone; with {settings.objective} a row is one pair, and its [CLS] is first."

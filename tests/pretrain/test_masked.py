@@ -116,6 +116,7 @@ def refused(words: Path, text: str, out: Path, change: dict[str, Any], error: ty
         ({"share": 0.0}, SettingsError, "share = 0.0"),
         ({"share": 1.5}, SettingsError, "share = 1.5"),
         ({"copies": 0}, SettingsError, "copies = 0"),
+        ({"held_out": 1}, SettingsError, "held_out = 1"),
         ({"pack": True}, SettingsError, "pack is for mlm alone"),
         ({"max_length": 65}, SettingsError, "64 positions"),
         ({"max_length": 4}, DataError, "no room"),

@@ -10,7 +10,9 @@
 
 L1 is applied as its proximal step (soft thresholding; Parikh & Boyd 2014, section 6.5.2), beside the optimizer, as
 AdamW does with L2. Its subgradient, λ·sign(w) added to the gradient, has two faults here: weights swing around 0 and
-never are 0, and Adam divides it by the gradient's size, so that weights that hardly matter are penalised most.
+never are 0, and Adam divides it by the gradient's size, so that weights that hardly matter are penalised most. With
+plain gradient descent the proximal step ends at the minimum of loss + λ·Σ|w|. With Adam, whose own steps have the
+size η, a weight stays 0 while its gradient's mean is less than λ times its root mean square.
 """
 
 # B batch, L length, D hidden size

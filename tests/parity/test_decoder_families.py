@@ -40,12 +40,23 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", dict(tie_word_embeddings=True)),
     "llama-biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
     "llama-rope-linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0))),
     "llama-rope-llama3": ("Llama", dict(rope_parameters=LLAMA3_ROPE)),
+    # 23 tokens: beyond the 16 that these were trained on
+    "llama-rope-yarn": ("Llama", dict(rope_parameters=dict(YARN, rope_theta=10000.0))),
+    "llama-rope-yarn-settings": (
+        "Llama",
+        dict(rope_parameters=dict(YARN, rope_theta=500.0, beta_fast=4.0, beta_slow=0.5, attention_factor=1.3)),
+    ),
+    "llama-rope-dynamic": (
+        "Llama",
+        dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=10000.0), max_position_embeddings=16),
+    ),
     "llama-mqa": ("Llama", dict(num_key_value_heads=1)),
     "mistral": ("Mistral", dict(sliding_window=None)),
     "mistral-window": ("Mistral", dict(sliding_window=5)),
@@ -127,7 +138,15 @@ def test_mutants_fail(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert worst(peer, ours) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "attribute"), [("mistral-window", "windows"), ("llama-rope-llama3", "rope")])
+@pytest.mark.parametrize(
+    ("name", "attribute"),
+    [
+        ("mistral-window", "windows"),
+        ("llama-rope-llama3", "rope"),
+        ("llama-rope-yarn", "rope"),
+        ("llama-rope-dynamic", "rope"),
+    ],
+)
 def test_config_mutants_fail(name: str, attribute: str) -> None:
     peer, ours = peer_and_ours(name)
     plain = from_dict({"model_type": "llama", **SHAPE})

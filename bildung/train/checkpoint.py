@@ -1,6 +1,7 @@
 """The state of a run on disk: what training goes on from after a kill, bit for bit.
 
-    .checkpoint-00000040/   state.safetensors   trained parameters, optimizer moments, best parameters so far
+    .checkpoint-00000040/   state.safetensors   trained parameters, optimizer moments, best parameters so far, and
+                                                what the objective carries on (a recurrent model's state)
                             state.json          counters, the optimizer's numbers that are not tensors
 
 Written under another name, forced to the disk, then renamed: a checkpoint is there whole or not at all, and the older
@@ -49,6 +50,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     counters: dict[str, Any],
     best: dict[str, Tensor],
+    carried: dict[str, Tensor] | None = None,
 ) -> None:
     """Write the state after `step` steps into `out`, then remove older ones. `counters`: JSON values of the caller.
 
@@ -56,6 +58,7 @@ def save(
     """
     tensors: dict[str, Tensor] = {f"model.{name}": whole(p.detach()).cpu() for name, p in trained(model).items()}
     tensors |= {f"best.{name}": whole(tensor).cpu() for name, tensor in best.items()}
+    tensors |= {f"carried.{name}": tensor.cpu() for name, tensor in (carried or {}).items()}
     numbers: dict[str, dict[str, Any]] = {}
     for index, state in _state_of(optimizer).items():
         for key, value in state.items():
@@ -82,9 +85,9 @@ def save(
 
 
 def load(
-    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str, Tensor] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Put the newest state in `out` into model and optimizer; (counters, best), or None when there is none.
+    """Put the newest state in `out` into model, optimizer and `carried`; (counters, best), or None if there is none.
 
     Raises TrainingError when the state belongs to another model or optimizer.
     """
@@ -114,6 +117,11 @@ def load(
         raise TrainingError(f"{place} holds optimizer state of other parameters; it is from another run. Remove it.")
     optimizer.load_state_dict({"state": state, "param_groups": _groups_of(optimizer)})
     best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
+    if carried is not None:
+        device = next(iter(parameters.values())).device
+        # Cloned, because a tensor inside a file's bytes is not aligned, and a kernel may then round in another way.
+        kept = {name: tensor.clone().to(device) for name, tensor in tensors.items() if name.startswith("carried.")}
+        carried.update({name.removeprefix("carried."): tensor for name, tensor in kept.items()})
     return numbers["counters"], best
 
 

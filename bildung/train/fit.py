@@ -58,6 +58,7 @@ def fit(
     tensorboard: Path | None = None,
     title: str = "training",
     parallel: Parallel | None = None,
+    carried: dict[str, Tensor] | None = None,
 ) -> History:
     """Train the parameters that require gradients for `steps` optimizer steps; the model is left in evaluation mode.
 
@@ -70,6 +71,7 @@ def fit(
                  checkpoint found here is gone on from. Ctrl-C finishes the step, leaves a checkpoint, and stops.
     parallel     how several ranks share the work: made before the optimizer (see training.run). A step then has
                  `micro_steps` micro-batches in all, and checkpoints fit any number of ranks
+    carried      tensors that the objective hands from each step to the next (see carry.py), kept in checkpoints
     Raises TrainingError when a step has no target or its loss or gradient is not a finite number.
     """
     if steps < 1 or micro_steps < 1:
@@ -78,7 +80,7 @@ def fit(
         raise TrainingError("patience needs a held-out loss to watch: give evaluate and evaluate_every.")
     parallel = parallel or Parallel("none", model, objective)
     run = _Run(model, batches, parallel, optimizer, micro_steps, schedule or constant(), clip, seed)
-    history, best = _resume(out, model, optimizer)
+    history, best = _resume(out, model, optimizer, carried)
 
     def look(step: int) -> dict[str, float]:
         """Held-out metrics of the model as it is; where the loss is the lowest so far, its weights are kept."""
@@ -96,7 +98,7 @@ def fit(
 
     def keep() -> None:
         if out is not None and checkpoint_every:
-            checkpoint.save(out, history.steps, model, optimizer, history.counters(), best)
+            checkpoint.save(out, history.steps, model, optimizer, history.counters(), best, carried)
 
     devices = [parameter.device for parameter in model.parameters() if parameter.is_cuda][:1]
     with (
@@ -135,12 +137,14 @@ def fit(
     return history
 
 
-def _resume(out: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[History, dict[str, Tensor]]:
+def _resume(
+    out: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str, Tensor] | None
+) -> tuple[History, dict[str, Tensor]]:
     """What an interrupted run left in `out`: its history and its best weights; both empty at a start."""
     if out is None:
         return History(), {}
     out.mkdir(parents=True, exist_ok=True)
-    found = checkpoint.load(out, model, optimizer)
+    found = checkpoint.load(out, model, optimizer, carried)
     if found is None:
         return History(), {}
     counters, best = found

@@ -118,10 +118,12 @@ def run(
     held_out: Sequence[Any] = (),
     notes: Sequence[str] = (),
     also: Callable[[Any], Mapping[str, float]] | None = None,
+    carried: dict[str, torch.Tensor] | None = None,
 ) -> History:
     """Train what requires gradients in `model` and fill in the job's numbers. Goes on from a checkpoint in job.out.
 
     what: the data in words, e.g. "300 conversations, 20,000 tokens", said before training starts.
+    carried: what the objective hands from step to step; see fit.
     also: called with the model at every evaluation of the held-out loss, for more numbers or samples.
     """
     one_pass = batch_at.batches_per_epoch / given.micro_steps
@@ -170,6 +172,7 @@ def run(
             tensorboard=given.tensorboard,
             title=job.operation,
             parallel=parallel,
+            carried=carried,
         )
     if given.parallel != "none":
         job.measured["held_bytes_per_rank"] = held_bytes(model, optimizer)

@@ -38,14 +38,15 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.batches import Shuffled, num_targets, pair_examples
 from bildung.data.pairs import preference_pairs
+from bildung.model import adapter_file
 from bildung.model.store import LanguageModel, load, write_model
 from bildung.model.transformer import Decoder
 from bildung.train.fit import LossSum, Objective, fit, mean_loss
 from bildung.train.history import History
 from bildung.train.optim import adamw, schedule
+from bildung.train.training import COMPUTE
 from bildung.tune import lora
 from bildung.tune.full import check_trainable
-from bildung.train.training import COMPUTE
 from bildung.tune.instruction import tune
 
 DELTA = "dpo"
@@ -147,6 +148,7 @@ def dpo(source: Path, out: Path, settings: Settings, *, force: bool = False) -> 
             # Remembered numbers are all that is needed of the reference, and they are taken before the first step.
             reference = frozen(lm.model if settings.precompute else copy.deepcopy(lm.model))
         else:
+            adapter_file.check_place(lm.model, lm.base)
             lora.add_lora(lm.model, settings, DELTA)
             reference = without_delta(DELTA)
         train(job, lm, settings, reference)
@@ -172,8 +174,11 @@ def train(job: Job, lm: LanguageModel, given: Settings, reference: Reference) ->
         file=sys.stderr,
     )
     if given.precompute:
-        pairs.remember(lm.model, reference, map(batch_at.indices, range(steps * given.micro_steps)))
-        held_out.remember(lm.model, reference, held_out.in_order(given.batch_size))
+        # Hidden files of the place of work outlive a kill, if the inputs stay the same, and are not published.
+        in_training = map(batch_at.indices, range(steps * given.micro_steps))
+        pairs.remember(lm.model, reference, in_training, job.out / ".reference.jsonl")
+        aside_in_order = held_out.in_order(given.batch_size)
+        held_out.remember(lm.model, reference, aside_in_order, job.out / ".reference-held-out.jsonl")
         reference = remembered
     objective = dpo_objective(reference, given.beta, given.label_smoothing)
     start = check_start(lm.model, objective, batch_at(0))

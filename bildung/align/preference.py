@@ -12,8 +12,10 @@ first step (`remember`), instead of once per step: a forward pass, a third of th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -95,13 +97,18 @@ class Pairs:
         """The numbers of all pairs, `size` at a time."""
         return [list(range(len(self)))[start : start + size] for start in range(0, len(self), size)]
 
-    def remember(self, model: Decoder, reference: Reference, batches: Iterable[Sequence[int]]) -> None:
+    def remember(
+        self, model: Decoder, reference: Reference, batches: Iterable[Sequence[int]], file: Path | None = None
+    ) -> None:
         """Store the reference's log-probabilities of every pair in `batches`, the first time it occurs.
 
         A pair is scored in the company it first trains in: the sums are then taken in the policy's own order, and the
-        loss starts at log 2 to the last bit, in bfloat16 too.
+        loss starts at log 2 to the last bit, in bfloat16 too. file: also kept there as they come, and what an earlier
+        run left there is not computed again.
         """
         batches = list(batches)
+        if file is not None:
+            self.reference |= _read_scores(file)
         missing = {number for numbers in batches for number in numbers} - self.reference.keys()
         with progress("reference", len(missing)) as bar:
             for numbers in batches:
@@ -111,7 +118,19 @@ class Pairs:
                     chosen, rejected = reference(model, answers).cpu().chunk(2)
                     for place, number in enumerate(numbers):
                         self.reference.setdefault(number, (float(chosen[place]), float(rejected[place])))
+                    if file is not None:
+                        with file.open("a", encoding="utf-8") as lines:
+                            lines.writelines(json.dumps([number, *self.reference[number]]) + "\n" for number in numbers)
                     bar.advance(len(new), tokens=answers.num_tokens)
+
+
+def _read_scores(file: Path) -> dict[int, tuple[float, float]]:
+    """Pair -> its two scores, as far as a killed run came; a line that was cut off is removed."""
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        file.write_text(whole, encoding="utf-8")
+    return {number: (chosen, rejected) for number, chosen, rejected in map(json.loads, whole.splitlines())}
 
 
 def policy_logprobs(model: Decoder, answers: AnswerBatch) -> Tensor:

@@ -156,15 +156,25 @@ def _fits(key: str, target: str) -> bool:
     return target == key or target.endswith(f".{key}")
 
 
+def check_place(model: Any, base: Path | None) -> Path:
+    """The base. Raises OutputError when deltas of this model could not be saved as an adapter, whatever they learn."""
+    if base is None:
+        raise OutputError("an adapter is saved as an addition to a base model on disk; save the base model first.")
+    if model.attached:
+        sites = ", ".join(key.replace("/", ".") for key in model.attached)
+        raise OutputError(
+            f"modules are attached to this model ({sites}), and an adapter has no place for them. Detach them "
+            f"(bildung.detach), or train all parameters (tune full, align dpo --full)."
+        )
+    return base
+
+
 def write(model: Any, directory: Path, base: Path | None) -> None:
     """Write every low-rank delta of `model` as one PEFT LoRA adapter on `base`.
 
     Raises OutputError when a delta is switched off or not low-rank, or the base has no place of its own on disk.
     """
-    if base is None:
-        raise OutputError("an adapter is saved as an addition to a base model on disk; save the base model first.")
-    if model.attached:
-        raise OutputError("this model carries deltas and attached modules; save them one after the other.")
+    base = check_place(model, base)
     found = {name: _joined(name, linear) for name, linear in linears(model).items() if linear.deltas}
     matrices, tensors = targets(model), {}
     ranks: dict[str, int] = {}

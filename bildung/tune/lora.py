@@ -23,6 +23,7 @@ from bildung.core.errors import SettingsError
 from bildung.core.operation import Job
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
+from bildung.model import adapter_file
 from bildung.model.linear import Linear, LowRank, match_linears
 from bildung.model.store import load, write_model
 from bildung.model.transformer import Decoder
@@ -52,6 +53,7 @@ def lora(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
     def work(job: Job) -> None:
         # The frozen matrices are only ever multiplied in the precision of the activations: cast once, not every step.
         lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
+        adapter_file.check_place(lm.model, lm.base)  # now, and not when hours of training are to be saved
         add_lora(lm.model, settings)
         train(job, lm, settings)
         write_model(lm, job.out)

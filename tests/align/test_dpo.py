@@ -139,6 +139,31 @@ def test_a_killed_run_ends_in_the_same_result(tiny_lm_directory, tmp_path, given
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
+def test_after_a_kill_the_reference_is_not_scored_again(tiny_lm_directory, tmp_path, given, monkeypatch):
+    given |= dict(steps=3, held_out=2)
+    dpo(tiny_lm_directory, tmp_path / "whole", Settings(**given))
+    scored: list[int] = []
+    whole = module.without_delta("dpo")
+
+    def dies(model, answers):
+        scored.append(len(answers.batch.tokens_BL))
+        if len(scored) == 3:
+            raise MemoryError("killed")
+        return whole(model, answers)
+
+    monkeypatch.setattr(module, "without_delta", lambda name: dies)
+    with pytest.raises(MemoryError):
+        dpo(tiny_lm_directory, tmp_path / "cut", Settings(**given))
+    kept = tmp_path / "cut.partial" / ".reference.jsonl"
+    assert len(kept.read_text().splitlines()) == 4, "two batches of two pairs were scored"
+    kept.write_text(kept.read_text() + "[3, -1")  # the kill came in the middle of a line
+    dpo(tiny_lm_directory, tmp_path / "cut", Settings(**given))
+    assert len(scored) == 4, "only the held-out batch was left to score"
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert not list((tmp_path / "cut").glob(".*")), "the scores were scratch"
+
+
 @pytest.mark.parametrize(
     ("wrong", "error", "says"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -14,11 +15,12 @@ import pytest
 import torch
 
 import bildung
-from bildung.core.errors import DataError, NoSuchLinear, SettingsError, TrainingError
+from bildung.core.errors import DataError, NoSuchLinear, OutputError, SettingsError, TrainingError
 from bildung.core.record import read_record
 from bildung.core.settings import resolve
 from bildung.model.linear import LowRank, deltas_off, replace_stores
 from bildung.model.quantized import Int8, Nf4
+from bildung.model.taps import Attachment
 from bildung.model.transformer import Decoder
 from bildung.tune.lora import Settings, add_lora, lora
 
@@ -235,6 +237,18 @@ def test_killed_and_run_again_it_ends_the_same(tiny_lm_directory, given, tmp_pat
 def test_what_cannot_work_is_said_and_leaves_nothing(tiny_lm_directory, given, tmp_path, wrong, error, words):
     with pytest.raises(error, match=words):
         lora(tiny_lm_directory, tmp_path / "out", Settings(**{**given, **wrong}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_attached_modules_is_refused_before_training(tiny_lm_directory, given, tmp_path, monkeypatch):
+    """An adapter has no place for them; this was found when the trained adapter was to be saved."""
+    lm = bildung.load(tiny_lm_directory)
+    bildung.attach(lm.model, "layers.0.mlp.out", Attachment())
+    module = importlib.import_module("bildung.tune.lora")
+    monkeypatch.setattr(module, "load", lambda *given: lm)
+    monkeypatch.setattr(module, "train", lambda *given: pytest.fail("training had begun"))
+    with pytest.raises(OutputError, match=r"attached to this model \(layers\.0\.mlp\.out\).*tune full"):
+        lora(tiny_lm_directory, tmp_path / "out", Settings(**given))
     assert not (tmp_path / "out").exists()
 
 

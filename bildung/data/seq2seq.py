@@ -14,7 +14,7 @@ What stands around a source and a target is what the tokenizer's post-processor 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,39 @@ class Seq2SeqBatch:
 def pairs(source: str, *, split: str | None = None, limit: int | None = None) -> Rows[SourceTarget]:
     """The rows of a data source with `source` and `target`. Raises DataError when no row has both."""
     return rows(source, split=split).then(pair, limit)
+
+
+def joined(source: str, target: str, key: str, *, limit: int | None = None, column: str = "text") -> Rows[SourceTarget]:
+    """Rows of two data sources that agree in the column `key`, as pairs of their texts: verses of two Bibles.
+
+    A row whose key the other source lacks is counted as dropped. Raises DataError when a key stands twice among the
+    targets.
+    """
+    targets: dict[str, str] = {}
+    for row in rows(target).then(_keyed(key, column)):
+        if row[0] in targets:
+            raise DataError(f"{target}: {key} = {row[0]!r} stands in two rows; a key must name one target.")
+        targets[row[0]] = row[1]
+
+    def match(row: Row) -> SourceTarget:
+        name, text = _keyed(key, column)(row)
+        if name not in targets:
+            raise Unusable(f"its {key} is not in {target}")
+        return SourceTarget(text, targets[name])
+
+    return rows(source).then(match, limit)
+
+
+def _keyed(key: str, column: str) -> Callable[[Row], tuple[str, str]]:
+    def read(row: Row) -> tuple[str, str]:
+        text = row.get(column)
+        if row.get(key) is None:
+            raise Unusable(f"no {key}")
+        if not isinstance(text, str) or not text.strip():
+            raise Unusable(f"no {column}")
+        return str(row[key]), text
+
+    return read
 
 
 def pair(row: Row) -> SourceTarget:

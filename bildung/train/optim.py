@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 OptimizerName = Literal["adamw", "muon", "adafactor", "adamw_8bit", "paged_adamw"]
 Weights = Literal["fp32", "stochastic", "kahan"]
 Schedule = Callable[[int], float]  # step, counted from 0 -> factor of the learning rate
-ScheduleName = Literal["constant", "linear", "cosine"]
+ScheduleName = Literal["constant", "linear", "cosine", "inverse_sqrt"]
 
 
 def adamw(
@@ -139,6 +139,13 @@ def cosine(steps: int, warmup: int = 0, floor: float = 0.0) -> Schedule:
     return factor
 
 
+def inverse_sqrt(warmup: int = 0) -> Schedule:
+    """1 at the end of the warmup, then falling as 1 / sqrt(step): the 2017 Transformer's (Vaswani et al., eq. 3), whose
+    top is d_model^-0.5 · warmup^-0.5. It does not depend on how many steps there will be."""
+    rise, top = constant(warmup), max(warmup, 1)
+    return lambda step: min(rise(step), math.sqrt(top / (step + 1)))
+
+
 def _left(step: int, steps: int, warmup: int) -> float:
     """1 until the warmup is over, then the share of the remaining steps that is left."""
     return max(0.0, min(1.0, (steps - step) / max(1, steps - warmup)))
@@ -148,4 +155,9 @@ def schedule(name: ScheduleName, steps: int, warmup: int) -> Schedule:
     """One of the above by its name in the settings. Raises SettingsError when the warmup does not fit the steps."""
     if not 0 <= warmup <= steps:
         raise SettingsError(f"warmup {warmup} was given for {steps} steps; allowed: 0 to {steps}.")
-    return {"constant": constant(warmup), "linear": linear(steps, warmup), "cosine": cosine(steps, warmup)}[name]
+    return {
+        "constant": constant(warmup),
+        "linear": linear(steps, warmup),
+        "cosine": cosine(steps, warmup),
+        "inverse_sqrt": inverse_sqrt(warmup),
+    }[name]

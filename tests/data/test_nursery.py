@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bildung.core.errors import DataError, OutputError
-from bildung.data import convert, convert_images, nursery
+from bildung.data import nursery
 from bildung.data.packages import Unavailable, hash_members
 from bildung.data.sources import fingerprint, rows
 from bildung.data.text import conversations
@@ -28,7 +28,7 @@ def test_the_manifest_is_complete():
         if "split" in entry:
             assert sum(entry["split"].values()) == 100 and entry["key"], name
         if "convert" in entry:
-            assert callable(getattr(convert, entry["convert"], None) or getattr(convert_images, entry["convert"])), name
+            assert callable(getattr(nursery._converters(entry), entry["convert"])), name
         else:
             assert set(entry["keep"]) == set(entry["members"]), name
     assert nursery.manifest()["imdb"]["split"] == {"train": 80, "validation": 10, "test": 10}

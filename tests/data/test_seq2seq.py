@@ -12,6 +12,7 @@ from bildung.data.seq2seq import (
     Seq2SeqExample,
     SourceTarget,
     encode_source,
+    joined,
     pad_seq2seq,
     pairs,
     seq2seq_examples,
@@ -44,6 +45,18 @@ def test_rows_are_read_and_unusable_ones_counted(tmp_path):
     read = pairs(str(path))
     assert list(read) == [SourceTarget("ab", "c")]
     assert dict(read.dropped) == {"no target": 1, "empty source": 1, "target is not a string": 1}
+
+
+def test_two_sources_are_joined_by_a_key(tmp_path):
+    english, spanish = tmp_path / "en.jsonl", tmp_path / "es.jsonl"
+    english.write_text('{"verse": 1, "text": "light"}\n{"verse": 2, "text": "day"}\n{"text": "?"}\n')
+    spanish.write_text('{"verse": 3, "text": "noche"}\n{"verse": 1, "text": "luz"}\n')
+    read = joined(str(english), str(spanish), "verse")
+    assert list(read) == [SourceTarget("light", "luz")]
+    assert sum(read.dropped.values()) == 2 and "no verse" in read.dropped
+    spanish.write_text('{"verse": 1, "text": "noche"}\n{"verse": 1, "text": "luz"}\n')
+    with pytest.raises(DataError, match="two rows"):
+        joined(str(english), str(spanish), "verse")
 
 
 def test_t5s_frame(tokenizer):

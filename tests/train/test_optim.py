@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bildung.core.errors import SettingsError, TrainingError
-from bildung.train.optim import adamw, constant, cosine, linear, schedule
+from bildung.train.optim import adamw, constant, cosine, inverse_sqrt, linear, schedule
 
 
 def test_vectors_are_not_decayed_and_frozen_parameters_not_there(make_model):
@@ -34,6 +34,13 @@ def test_schedules():
     assert [cosine(10, 2)(s) for s in (0, 1, 2, 6, 10)] == pytest.approx([0.5, 1, 1, 0.5, 0])
     assert cosine(10, 0, floor=0.1)(10) == pytest.approx(0.1)
     assert schedule("linear", 10, 2)(6) == linear(10, 2)(6)
+
+
+def test_the_2017_schedule_is_equation_3():
+    """d_model^-0.5 min(step^-0.5, step · warmup^-1.5), steps counted from 1, as a share of its top."""
+    for step in range(1, 50):
+        rate = min(step**-0.5, step * 8**-1.5) / 8**-0.5
+        assert inverse_sqrt(8)(step - 1) == schedule("inverse_sqrt", 99, 8)(step - 1) == pytest.approx(rate)
 
 
 def test_a_warmup_longer_than_the_run_is_an_error():

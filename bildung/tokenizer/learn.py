@@ -11,11 +11,13 @@
 
 The `tokenizers` library does the counting, in a way that gives the same tokenizer for the same text. (Left to itself
 its WordPiece trainer numbers the ##letters in the order of a hash table, and ties then fall differently in every
-process: its issue 1794. And its Unigram scores differ in the last digits from run to run.)
+process: its issue 1794.) Unigram is learned by tokens/unigram_training.py, because the library's trainer overlooks
+frequent words and makes 10 to 40 % more tokens of the same text.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -29,6 +31,8 @@ from bildung.core.errors import DataError, SettingsError, TokenizerError
 from bildung.tokenizer import special
 from bildung.tokenizer.learning import DEFAULT_SIZE, Learning, check, needs_unknown, normalizer
 from bildung.tokens.tokenizer import Tokenizer
+from bildung.tokens.unigram_training import Training
+from bildung.tokens.unigram_training import learn as learn_unigram
 
 # GPT-2's cut with ▁ for the space, and with combining marks as part of their word (they are none in GPT-2's).
 CUT = r"▁?[\p{L}\p{M}]+|▁?\p{N}+|▁?[^\s▁\p{L}\p{M}\p{N}]+|[▁\s]+(?![^▁\s])|[▁\s]+"
@@ -36,8 +40,18 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 BYTE_NAMES = "<0x123456789ABCDEF>"  # the characters a byte's name is spelled with
 
 
-def learn(texts: Iterable[str], given: Learning) -> tuple[Tokenizer, dict[str, int]]:
-    """A tokenizer learned from `texts` (iterated more than once), and facts about its alphabet.
+@dataclasses.dataclass(frozen=True)
+class Learned:
+    """A tokenizer, and how it came to be."""
+
+    tokenizer: Tokenizer
+    characters: int  # different ones in the text, those left out not counted
+    left_out: int
+    training: Training | None  # every round, of Unigram
+
+
+def learn(texts: Iterable[str], given: Learning) -> Learned:
+    """A tokenizer learned from `texts` (iterated more than once).
 
     Raises DataError when there is no text, SettingsError for settings that do not fit together or a vocabulary size
     below the alphabet, TokenizerError for text that is not Unicode.
@@ -50,8 +64,7 @@ def learn(texts: Iterable[str], given: Learning) -> tuple[Tokenizer, dict[str, i
     backend = learner.backend(texts)
     special.add(backend, specials, given.control, given.add_bos)
     config = {**special.named(specials), "clean_up_tokenization_spaces": False}
-    facts = {"characters": len(learner.characters), "characters_left_out": len(learner.left_out)}
-    return Tokenizer(backend, config), facts
+    return Learned(Tokenizer(backend, config), len(learner.characters), len(learner.left_out), learner.training)
 
 
 class _Learner:
@@ -64,6 +77,7 @@ class _Learner:
         self.pattern = re.compile("|".join(map(re.escape, sorted(outside, key=len, reverse=True))) or "(?!)")
         self.characters: Counter[str] = Counter()  # of the normalised text, those kept
         self.left_out: list[str] = []  # characters that get no token
+        self.training: Training | None = None
 
     def backend(self, texts: Iterable[str]) -> tokenizers.Tokenizer:
         """The finished tokenizer, without its special tokens but the unknown one."""
@@ -190,26 +204,20 @@ class _Learner:
         return made
 
     def unigram(self, texts: Iterator[str]) -> tokenizers.Tokenizer:
-        trained = tokenizers.Tokenizer(models.Unigram())
-        trained.pre_tokenizer = pre_tokenizers.Split(Regex(CUT), "isolated")
-        # A piece "<0x41>" in the vocabulary is also found in text that says so, unless the text's characters are
-        # cheaper; so they must be in the vocabulary themselves.
-        alphabet = sorted({*self.characters, *(BYTE_NAMES if self.given.byte_fallback else "")})
-        size = self.room(len(alphabet))
-        trainer = trainers.UnigramTrainer(
-            vocab_size=size + 1,
-            unk_token=self.unknown,
-            special_tokens=[self.unknown],
-            initial_alphabet=alphabet,
-            show_progress=False,
-        )
-        trained.train_from_iterator(texts, trainer)
-        pieces = _settled(json.loads(trained.to_str())["model"]["vocab"][1:])
-        least = min(score for _, score in pieces)
-        first = [(str(self.unknown), 0.0)]
-        first += [(byte, 7 * least) for byte in BYTES] if self.given.byte_fallback else []
-        made = tokenizers.Tokenizer(models.Unigram([*first, *pieces], 0, self.given.byte_fallback))
-        made.pre_tokenizer = trained.pre_tokenizer
+        cut = pre_tokenizers.Split(Regex(CUT), "isolated")
+        # A byte's name, "<0x41>", is a piece like any other, and would be found in text that says so, were the text's
+        # characters not there and cheaper.
+        extra = [c for c in BYTE_NAMES if c not in self.characters] if self.given.byte_fallback else []
+        size = self.room(len(self.characters) + len(extra)) - len(extra)
+        words = Counter(word for text in texts for word, _ in cut.pre_tokenize_str(text))
+        self.training = learn_unigram(words, size)
+        scores = self.training.scores
+        least = min(scores.values())
+        pieces = [(str(self.unknown), 0.0)]
+        pieces += [(byte, 7 * least) for byte in BYTES] if self.given.byte_fallback else []
+        pieces += [*scores.items(), *((character, least) for character in extra)]
+        made = tokenizers.Tokenizer(models.Unigram(pieces, 0, self.given.byte_fallback))
+        made.pre_tokenizer = cut
         made.decoder = self.decoder()
         return made
 
@@ -256,20 +264,6 @@ class _Learner:
         steps: list[Any] = [decoders.Replace("▁", " ")] if self.given.algorithm != "character" else []
         steps += [decoders.ByteFallback()] if self.given.byte_fallback else []
         return decoders.Sequence([*steps, decoders.Fuse()])
-
-
-def _settled(pieces: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Unigram's pieces with scores that are the same in every run: rounded, and sorted.
-
-    Characters that EM dropped come back with the lowest score, the lowest + 0.0001, + 0.0002 ... in the order of a hash
-    table; they are dealt out anew by code point.
-    """
-    scores = {piece: round(score, 6) for piece, score in pieces}
-    least = min(scores.values())
-    steps = {c: (score - least) * 1e4 for c, score in scores.items() if len(c) == 1}
-    back = sorted(c for c, step in steps.items() if abs(step - round(step)) < 0.02 and step < len(steps))
-    scores |= dict(zip(back, sorted(scores[c] for c in back), strict=True))
-    return sorted(scores.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _byte_alphabet() -> dict[int, str]:

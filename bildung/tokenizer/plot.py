@@ -12,7 +12,7 @@ from bildung.tokenizer.measure import Measured
 
 INK, MUTED, RULE = "#20242c", "#626976", "#d9d5ce"
 # Distinct in print and to the colour-blind (Okabe & Ito 2008), darkened where they would be faint on white.
-COLOURS = ("#1c69ad", "#d55e00", "#009e73", "#b8860b", "#8f4f9f", "#4aa3c7", "#6b6b6b")
+COLOURS = ("#1c69ad", "#d55e00", "#009e73", "#b8860b", "#8f4f9f", "#4aa3c7", "#6b6b6b", "#c2185b", "#7a5230")
 FONT = "DejaVu Sans"
 DPI = 150
 BAR = 0.23  # inches
@@ -39,7 +39,7 @@ def draw(found: dict[str, dict[str, Measured]], path: Path) -> None:
     axes[0].set_yticks(middles, [_short(text) for text in found], family=FONT, color=INK, parse_math=False)
     axes[0].set_ylim(group * len(found) - 0.9, -0.9)
     handles = [matplotlib.patches.Patch(color=COLOURS[at % len(COLOURS)]) for at in range(len(names))]
-    legend = figure.legend(handles, names, loc="outside lower left", ncols=4, frameon=False, fontsize=7.5)
+    legend = figure.legend(handles, names, loc="outside upper left", ncols=4, frameon=False, fontsize=7.5)
     for label in legend.get_texts():
         label.set_parse_math(False)
         label.set_color(INK)

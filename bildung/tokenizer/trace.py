@@ -10,32 +10,27 @@ runner-up with their scores, and, learned on the spot, what every round of the t
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from bildung.core.settings import settings
 from bildung.tokenizer.corpus import Corpus
-from bildung.tokenizer.learn import CUT, learn
+from bildung.tokenizer.learn import learn
 from bildung.tokenizer.learning import Learning
 from bildung.tokens.bpe import Merge
 from bildung.tokens.tokenizer import Tokenizer
 from bildung.tokens.trace import Tracer, Word
 from bildung.tokens.unigram import UNKNOWN_PENALTY, Segmentation
-from bildung.tokens.unigram_training import Removed, Training, Words
-from bildung.tokens.unigram_training import learn as learn_unigram
+from bildung.tokens.unigram_training import Removed, Training
 from bildung.tokens.wordpiece import Match
 
 SHOWN = 3  # pieces named per round of pruning
-UNKNOWN = "<unk>"
 
 
 @settings
@@ -57,30 +52,12 @@ def command(settings: Command) -> None:
     if settings.tokenizers:
         return
     corpus = Corpus([settings.data], limit=settings.limit)
-    text, size = settings.text, settings.vocab_size
-    for algorithm in ("bpe", "wordpiece"):
-        tokenizer, _ = learn(corpus.training, Learning(algorithm=algorithm, vocab_size=size))
-        show(console, f"{algorithm}, {size} tokens from {settings.data}", Tracer(tokenizer), text)
-    training = learn_unigram(words_of(corpus.training), size - 1)
-    tokenizer = unigram_tokenizer(training)
-    show(console, f"unigram, {size} tokens from {settings.data}", Tracer(tokenizer), text)
-    show_pruning(console, training, [word.text for word in Tracer(tokenizer)(text)])
-
-
-def words_of(texts: Iterable[str]) -> Words:
-    """The words that bpe and unigram tokenizers learn from, with their counts."""
-    cut = pre_tokenizers.Split(Regex(CUT), "isolated")
-    return Counter(word for text in texts for word, _ in cut.pre_tokenize_str(text.replace(" ", "▁")))
-
-
-def unigram_tokenizer(training: Training) -> Tokenizer:
-    """A tokenizer with the vocabulary that unigram_training.learn came to."""
-    backend = tokenizers.Tokenizer(models.Unigram([(UNKNOWN, 0.0), *training.scores.items()], 0, False))
-    backend.normalizer = normalizers.Replace(" ", "▁")
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(CUT), "isolated")
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    backend.add_special_tokens([tokenizers.AddedToken(UNKNOWN, special=True, normalized=False)])
-    return Tokenizer(backend, {"unk_token": UNKNOWN})
+    for algorithm in ("bpe", "wordpiece", "unigram"):
+        learned = learn(corpus.training, Learning(algorithm=algorithm, vocab_size=settings.vocab_size))
+        tracer = Tracer(learned.tokenizer)
+        show(console, f"{algorithm}, {learned.tokenizer.vocab_size} tokens from {settings.data}", tracer, settings.text)
+        if learned.training is not None:
+            show_pruning(console, learned.training, [word.text for word in tracer(settings.text)])
 
 
 # ── printing ────────────────────────────────────────────────────────────────────────────────────────────────────────

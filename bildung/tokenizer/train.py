@@ -42,7 +42,8 @@ def train(source: str | Path, out: Path, settings: Settings, *, force: bool = Fa
     corpus = Corpus(sources, settings.columns, settings.limit)
 
     def work(job: Job) -> None:
-        tokenizer, facts = learn(corpus.training, settings)
+        learned = learn(corpus.training, settings)
+        tokenizer = learned.tokenizer
         tokenizer.save(job.out)
         job.notes += corpus.notes()
         size = len(tokenizer.backend.get_vocab())
@@ -52,13 +53,14 @@ def train(source: str | Path, out: Path, settings: Settings, *, force: bool = Fa
                 f"the text has no more to merge: {size} tokens and not {asked}. More text gives more, or a smaller "
                 f"min_frequency"
             )
-        if facts["characters_left_out"]:
-            job.notes.append(f"{facts['characters_left_out']} rare characters got no token")
+        if learned.left_out:
+            job.notes.append(f"{learned.left_out} rare characters got no token")
         held = list(corpus.held_out)
         if not held:
             job.notes.append(f"measured on the training text: of fewer than {HELD_OUT_EVERY} passages none is held out")
         measured = measure(tokenizer, held or corpus.training)
-        job.measured |= {"vocabulary": size, **facts, "held_out" if held else "training_text": measured.as_dict()}
+        job.measured |= {"vocabulary": size, "characters": learned.characters, "characters_left_out": learned.left_out}
+        job.measured["held_out" if held else "training_text"] = measured.as_dict()
 
     record = perform("tokenizer train", None, out, settings, work, data=fingerprints(sources), force=force)
     Console(highlight=False).print(summary(record), markup=False, soft_wrap=True)

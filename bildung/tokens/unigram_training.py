@@ -1,6 +1,6 @@
 """How a Unigram vocabulary is learned: from far too many pieces down to few (Kudo 2018, section 3.2).
 
-    1. seeds   every character, and every substring that is seen at least twice with different characters behind it
+    1. seeds   every character, and every substring seen more than once with different things behind it
     2. EM      twice: how often is each piece used, over all segmentations weighted by their probability (E)?
                Its probability becomes that share (M). Pieces used less than half a time go
     3. prune   remove the quarter that is missed least, and go to 2 until 1.1 times the wanted size is left
@@ -10,10 +10,11 @@ What is missed is the loss: how much the likelihood of the corpus falls when a p
 is spelled by the piece's second best segmentation ("the" by "t" + "he"). Pieces which that barely costs anything,
 because they are rare or because their parts are cheap, are pruned.
 
-This is SentencePiece's algorithm, written to be read and to show every step. The `tokenizers` library (0.23) differs in
-one term of the loss, where it counts all pieces of the vocabulary in the place of those that spell this one (its issue
-2069; SentencePiece had the same slip until 2023). With `alternatives="all"` this file does so too, and then comes from
-the same words to the same vocabulary as the library, which is some ten times faster.
+This is SentencePiece's algorithm. The trainer of the `tokenizers` library (0.23) differs in two places, both of which
+`as_tokenizers=True` repeats, and then comes from the same words to the same vocabulary:
+- It looks for seeds in the list of distinct words, so that a word counts once however frequent it is, and a word that
+  is no part of a longer one is never a seed. Its vocabularies cut text into 10 to 40 % more tokens (docs/log.md).
+- Its loss counts all pieces of the vocabulary in the place of those that spell this one (its issue 2069).
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
 
 from bildung.core.errors import DataError, SettingsError
-from bildung.tokens.unigram import Unigram
+from bildung.tokens.unigram_lattice import Array, best_paths, expected_uses, groups, pieces_on
 
 Words = Mapping[str, int]  # each distinct word and how often it occurs
 LEAST_USE = 0.5  # expected uses below which the M step drops a piece
+MOST_SEEDS = 1_000_000  # substrings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +70,12 @@ def learn(
     shrink: float = 0.75,
     longest: int = 16,
     em_steps: int = 2,
-    alternatives: Literal["own", "all"] = "own",
+    as_tokenizers: bool = False,
 ) -> Training:
     """A vocabulary of `size` pieces (the unknown token not counted) for `words`.
 
     shrink: share of the pieces that survives one pruning. longest: characters in a piece.
-    alternatives: what the loss counts: the pieces that spell this one, or (as `tokenizers` does) all there are.
+    as_tokenizers: with the two differences of that library.
     Raises DataError without words, SettingsError when `size` is below the number of different characters.
     """
     if not words:
@@ -80,119 +83,149 @@ def learn(
     alphabet = sorted({character for word in words for character in word})
     if size < len(alphabet):
         raise SettingsError(f"{size} pieces are fewer than the {len(alphabet)} characters of the text; give more")
-    scores, rounds = seeds(words, longest), []
+    first = seeds(words, longest, as_tokenizers)
+    corpus = _Corpus(words, list(first), longest)
+    scores_V = np.array(list(first.values()))
+    order = list(range(len(first)))  # the pieces that are left; `finished` cuts at the end
     target = (size + 1) * 11 // 10 - 1
+    rounds = []
     while True:
-        start, nats, unused = len(scores), [], []
+        start, nats, unused = len(order), [], []
         for _ in range(em_steps):
-            uses, loss = expected_uses(scores, words)
+            uses_V, loss = corpus.expected_uses(scores_V)
             nats.append(loss)
-            unused += [piece for piece in scores if uses[piece] < LEAST_USE]
-            scores = maximized({piece: uses[piece] for piece in scores if uses[piece] >= LEAST_USE})
-        left = max(target, int((len(scores) + 1) * shrink) - 1)
-        removed, kept = ((), ()) if len(scores) <= target else prune(scores, words, left, alternatives)
-        rounds.append(Round(start, tuple(nats), tuple(unused), removed, kept))
-        if len(scores) <= target:
+            unused += [corpus.pieces[number] for number in order if uses_V[number] < LEAST_USE]
+            order = [number for number in order if uses_V[number] >= LEAST_USE]
+            scores_V = maximized(uses_V, order)
+        left = max(target, int((len(order) + 1) * shrink) - 1)
+        pruned = _Pruned([], [], order) if len(order) <= target else prune(corpus, scores_V, order, left, as_tokenizers)
+        rounds.append(Round(start, tuple(nats), tuple(unused), tuple(pruned.removed), tuple(pruned.kept)))
+        if len(order) <= target:
+            scores = {corpus.pieces[number]: float(scores_V[number]) for number in order}
             return Training(tuple(rounds), finished(scores, alphabet, size))
-        candidates = {candidate.piece for candidate in (*removed, *kept)}
-        order = [piece for piece in scores if piece not in candidates]
-        order += [candidate.piece for candidate in reversed(kept)]  # dearest first: `finished` cuts at the end
-        scores = {piece: scores[piece] for piece in order}
+        order = pruned.order
+        scores_V = np.where(np.isin(np.arange(len(scores_V)), order), scores_V, -np.inf)
 
 
-def seeds(words: Words, longest: int = 16) -> dict[str, float]:
+def seeds(words: Words, longest: int = 16, as_tokenizers: bool = False) -> dict[str, float]:
     """The pieces to start from, with scores: characters by frequency, substrings by occurrences times length.
 
-    A substring counts when it is followed by at least two different things (a character, or the end of a word):
-    otherwise the longer substring says the same. Occurrences are counted in distinct words.
+    A substring counts when at least two different things stand behind it: characters, or the end of a word. Otherwise
+    the longer substring says the same. (Behind a word seen twice stand two different words.)
     """
     characters: collections.Counter[str] = collections.Counter()
     times: collections.Counter[str] = collections.Counter()
-    followers = collections.defaultdict(set)
+    behind: dict[str, str | None] = {}  # what stands behind each substring; None: different things
     for word, count in words.items():
         for character in word:
             characters[character] += count
+        seen = 1 if as_tokenizers else count
         for start in range(len(word)):
             for end in range(start + 2, min(start + longest, len(word)) + 1):
-                times[word[start:end]] += 1
-                followers[word[start:end]].add(word[end : end + 1])
+                piece, after = word[start:end], word[end : end + 1]
+                times[piece] += seen
+                if (not after and seen > 1) or behind.setdefault(piece, after) != after:
+                    behind[piece] = None
     weights = sorted(((count, character) for character, count in characters.items()), reverse=True)
-    repeated = [(count * len(piece), piece) for piece, count in times.items() if len(followers[piece]) > 1]
-    weights += sorted(repeated, reverse=True)
+    repeated = [(count * len(piece), piece) for piece, count in times.items() if behind[piece] is None]
+    weights += sorted(repeated, reverse=True)[:MOST_SEEDS]
     total = sum(weight for weight, _ in weights)
     return {piece: math.log(weight / total) for weight, piece in weights}
 
 
-def expected_uses(scores: Mapping[str, float], words: Words) -> tuple[dict[str, float], float]:
-    """E step: how often each piece is used, over all segmentations of all words, each weighted by its probability; and
-    the corpus's -log-likelihood in nats per word.
+class _Corpus:
+    """The words and their counts, with all their substrings looked up among `pieces`; and the pieces as words."""
 
-    Forward-backward: the share of segmentations that use the piece from i to j is alpha(i) p(piece) beta(j) / Z.
+    def __init__(self, words: Words, pieces: list[str], longest: int) -> None:
+        self.pieces = pieces
+        numbers = {piece: number for number, piece in enumerate(pieces)}
+        self.counts = np.array(list(words.values()), dtype=np.float64)
+        self.groups = list(groups(list(words), numbers, longest))
+        self.numbers, self.longest = numbers, longest
+
+    def expected_uses(self, scores_V: Array) -> tuple[Array, float]:
+        """E step: how often each piece is used over all segmentations of all words, each weighted by its probability,
+        and the corpus's -log-likelihood in nats per word."""
+        uses_V, nats = np.zeros(len(scores_V)), 0.0
+        for group in self.groups:
+            counts_W = self.counts[group.places_W]
+            uses, log_z_W = expected_uses(group, scores_V, counts_W)
+            uses_V += uses
+            nats -= float(counts_W @ log_z_W)
+        return uses_V, nats / float(self.counts.sum())
+
+    def best_uses(self, scores_V: Array) -> Array:
+        """How often each piece is used by the best segmentations; the last entry counts unknown characters."""
+        uses = np.zeros(len(scores_V) + 1)
+        for group in self.groups:
+            numbers_WL = pieces_on(group, best_paths(group, scores_V)[0], scores_V)
+            counts_WL = np.broadcast_to(self.counts[group.places_W][:, None], numbers_WL.shape)
+            uses += np.bincount(numbers_WL.ravel(), counts_WL.ravel(), len(scores_V) + 2)[:-1]
+        return uses
+
+    def spellings(
+        self, scores_V: Array, order: Sequence[int]
+    ) -> Iterator[tuple[int, list[int], tuple[str, ...], bool]]:
+        """Of every piece that others can spell: its number, the numbers and texts of the best such spelling, and
+        whether the piece itself scores at least as much."""
+        longer = [number for number in order if len(self.pieces[number]) > 1]
+        texts = [self.pieces[number] for number in longer]
+        for group in groups(texts, self.numbers, self.longest):
+            lengths_WL, score_W = best_paths(group, scores_V, without_itself=True)
+            numbers_WL = pieces_on(group, lengths_WL, scores_V)
+            for place, lengths, parts, score in zip(group.places_W, lengths_WL, numbers_WL, score_W, strict=True):
+                count = int(np.count_nonzero(lengths))
+                ends = len(texts[place]) - np.cumsum(lengths[:count])
+                pairs = zip(ends[::-1], lengths[:count][::-1], strict=True)
+                spelled = tuple(texts[place][start : start + length] for start, length in pairs)
+                own = longer[place]
+                yield own, [int(part) for part in parts[:count]][::-1], spelled, bool(scores_V[own] >= score)
+
+
+def maximized(uses_V: Array, order: Sequence[int]) -> Array:
+    """M step: log-probabilities from the expected uses of the pieces in `order`, -inf for all others. The digamma
+    function in the place of the logarithm is the mean under a Dirichlet prior, which takes more from rare pieces than
+    from frequent ones (Liang & Klein 2007)."""
+    scores_V = np.full(len(uses_V), -np.inf)
+    total = digamma(float(uses_V[order].sum()))
+    scores_V[order] = [digamma(float(count)) - total for count in uses_V[order]]
+    return scores_V
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pruned:
+    removed: list[Removed]
+    kept: list[Removed]
+    order: list[int]  # what is left: first what cannot be pruned, then what is missed most
+
+
+def prune(corpus: _Corpus, scores_V: Array, order: list[int], left: int, as_tokenizers: bool = False) -> _Pruned:
+    """Chooses what to remove so that `left` pieces stay.
+
+    Pieces that others cannot spell (characters) are no candidates and always stay; unused ones always go.
     """
-    model = Unigram(scores)
-    uses = dict.fromkeys(scores, 0.0)
-    loss, total = 0.0, sum(words.values())
-    for word, count in words.items():
-        length = len(word)
-        edges = [
-            (start, end, word[start:end], score)
-            for start in range(length)
-            for end in range(start + 1, min(start + model.longest, length) + 1)
-            if (score := model.score(word[start:end])) is not None
-        ]
-        alpha, beta = [-math.inf] * (length + 1), [-math.inf] * (length + 1)
-        alpha[0] = beta[length] = 0.0
-        for start, end, _, score in edges:
-            alpha[end] = log_add(alpha[end], alpha[start] + score)
-        for start, end, _, score in reversed(edges):
-            beta[start] = log_add(beta[start], score + beta[end])
-        for start, end, piece, score in edges:
-            if piece in uses:
-                uses[piece] += count * math.exp(alpha[start] + score + beta[end] - alpha[length])
-        loss -= count * alpha[length] / total
-    return uses, loss
-
-
-def maximized(uses: Mapping[str, float]) -> dict[str, float]:
-    """M step: log-probabilities from expected uses. The digamma function in the place of the logarithm is the mean
-    under a Dirichlet prior, which takes more from rare pieces than from frequent ones (Liang & Klein 2007)."""
-    total = digamma(sum(uses.values()))
-    return {piece: digamma(count) - total for piece, count in uses.items()}
-
-
-def prune(
-    scores: Mapping[str, float], words: Words, left: int, alternatives: Literal["own", "all"] = "own"
-) -> tuple[tuple[Removed, ...], tuple[Removed, ...]]:
-    """Chooses what to remove so that `left` pieces stay: (removed, kept candidates), both those missed least first.
-
-    Pieces that cannot be spelled by others (characters) are no candidates and always stay; unused ones always go.
-    """
-    model = Unigram(scores)
-    uses: collections.Counter[str] = collections.Counter()  # by the best segmentations
-    for word, count in words.items():
-        for piece in model.best(word, 1)[0].pieces:
-            uses[piece] += count
-    total, total_words = sum(uses.values()), sum(words.values())
-    candidates = []
-    for piece in scores:
-        paths = model.best(piece)
-        whole = paths[0].pieces == (piece,)
-        if len(paths) == 1 or (not whole and uses[piece]):
+    uses = corpus.best_uses(scores_V)
+    total, total_words = float(uses.sum()), float(corpus.counts.sum())
+    candidates: dict[int, Removed] = {}
+    for number, parts, instead, whole in corpus.spellings(scores_V, order):
+        count, loss = float(uses[number]), 0.0
+        if count and not whole:
             continue
-        instead = paths[1].pieces if whole else paths[0].pieces
-        loss = 0.0
-        if uses[piece]:
-            # Without the piece, each of its uses becomes one of every piece in `instead`, and all pieces together are
-            # used that much more often.
-            more = len(instead) - 1 if alternatives == "own" else len(scores)
-            grown = math.log(total + uses[piece] * more)
-            then = sum(math.log(uses[part] + uses[piece]) - grown for part in instead)
-            loss = uses[piece] / total_words * (math.log(uses[piece] / total) - then)
-        candidates.append(Removed(piece, uses[piece], instead, loss))
-    room = max(0, left - (len(scores) - len(candidates)))
-    candidates.sort(key=lambda candidate: (not candidate.uses, -candidate.loss))
-    stay = min(room, sum(bool(candidate.uses) for candidate in candidates))
-    return tuple(reversed(candidates[stay:])), tuple(reversed(candidates[:stay]))
+        if count:
+            # Without the piece, each of its uses becomes one of every part, and all pieces together are used that much
+            # more often.
+            more = len(order) if as_tokenizers else len(parts) - 1
+            grown = math.log(total + count * more)
+            then = sum(math.log(uses[part] + count) - grown for part in parts)
+            loss = count / total_words * (math.log(count / total) - then)
+        candidates[number] = Removed(corpus.pieces[number], int(count), instead, loss)
+    always = [number for number in order if number not in candidates]
+    ranked = [number for number in order if number in candidates]
+    ranked.sort(key=lambda number: (not candidates[number].uses, -candidates[number].loss))
+    used = sum(bool(candidate.uses) for candidate in candidates.values())
+    stay = min(max(0, left - len(always)), used)
+    removed = [candidates[number] for number in reversed(ranked[stay:])]
+    return _Pruned(removed, [candidates[number] for number in reversed(ranked[:stay])], always + ranked[:stay])
 
 
 def finished(scores: Mapping[str, float], alphabet: list[str], size: int) -> dict[str, float]:
@@ -206,13 +239,6 @@ def finished(scores: Mapping[str, float], alphabet: list[str], size: int) -> dic
             break
         final.setdefault(piece, score)
     return dict(sorted(final.items(), key=lambda item: -item[1]))
-
-
-def log_add(a: float, b: float) -> float:
-    """log(exp(a) + exp(b))."""
-    if a < b:
-        a, b = b, a
-    return a if b == -math.inf else a + math.log1p(math.exp(b - a))
 
 
 def digamma(x: float) -> float:

@@ -30,12 +30,13 @@ Factors = tuple[Tensor, Tensor]  # A, B
 def targets(model: Any) -> dict[str, dict[str, Stored]]:
     """The file's matrix, as transformers' module path -> {path of a Linear here: which part of it}."""
     table = places(model.config)
-    # Where transformers' module is not called what its files call it.
+    # Where transformers' module is not called what its files call it: the names, or a function of the config.
     modules = getattr(family_of(model.config), "MODULES", {})
+    modules = modules(model.config) if callable(modules) else modules
     found: dict[str, dict[str, Stored]] = {}
     for name in linears(model):
-        stored = table.get(name, Stored(name))
-        found.setdefault(modules.get(name, stored.name), {})[name] = stored
+        stored = Stored(modules[name]) if name in modules else table.get(name, Stored(name))
+        found.setdefault(stored.name, {})[name] = stored
     return found
 
 

@@ -15,7 +15,8 @@ from bildung.core.errors import DataError, ModelFileError, NoSuchSite
 from bildung.model.attention import Mask
 from bildung.model.build import build
 from bildung.model.config import from_dict
-from bildung.model.linear import LowRank, match_linears
+from bildung.model.linear import LowRank, match_linears, replace_stores
+from bildung.model.quantized import METHODS
 from bildung.model.store import LanguageModel, no_tokenizer
 from bildung.model.taps import match_sites
 from bildung.model.vit import patches_of
@@ -168,6 +169,17 @@ def test_lora_on_a_vit_is_saved_and_loaded(tmp_path: Path) -> None:
     again = bildung.load(bildung.save(lm, tmp_path / "lora"))
     assert not torch.allclose(lm.model(pixels()), model(pixels()), atol=1e-3)
     assert torch.allclose(again.model(pixels()), lm.model(pixels()), atol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "error"), [("int8", 0.02), ("nf4", 0.3)])
+def test_quantized_stores_are_saved_and_loaded(method: str, error: float, tmp_path: Path) -> None:
+    model = tiny(hidden_size=64, num_attention_heads=4, intermediate_size=128)
+    plain = model(pixels())
+    replace_stores(model, "model.*", lambda linear: METHODS[method].quantize(linear.base.dense().detach()))
+    place = bildung.save(LanguageModel(model, no_tokenizer(model.config), model.config), tmp_path / "quantized")
+    found = bildung.load(place).model(pixels())
+    assert torch.allclose(found, model(pixels()), atol=1e-5)
+    assert 0 < float((found - plain).norm() / plain.norm()) < error
 
 
 def test_it_has_no_tokenizer_and_says_so(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -20,6 +21,7 @@ import bildung
 from bildung.core.errors import ConfigError
 from bildung.model import layers, transformer, vit
 from bildung.model.config import from_dict
+from bildung.model.linear import LowRank, match_linears
 from bildung.model.store import LanguageModel, assemble, no_tokenizer, state_tensors
 
 SHAPE: dict[str, Any] = dict(
@@ -263,3 +265,31 @@ def test_keys_are_honoured() -> None:
     assert (config.embed_dropout, config.residual_dropout, config.attention_dropout) == (0.1, 0.1, 0.2)
     assert (config.drop_path, config.layer_scale, config.num_labels) == (0.3, 1e-4, 5)
     assert config.image.interpolation == "bicubic-antialias"
+
+
+# ── adapters ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["vit", "vit-classes", "dinov2-classes", "dinov2-swiglu", "registers-classes"])
+def test_adapters_go_both_ways_with_peft(name: str, tmp_path: Path) -> None:
+    _, ours = peer_and_ours(name, tmp_path / "theirs")
+    base = bildung.save(LanguageModel(ours, no_tokenizer(ours.config), ours.config), tmp_path / "base")
+    lm = bildung.load(base)
+    for linear in match_linears(lm.model, ("model.layers.*", "model.patch_embed")).values():
+        linear.deltas["lora"] = LowRank(linear.in_features, linear.out_features, 2, 1.5)
+        nn.init.normal_(linear.deltas["lora"].lora_B, std=0.2)
+    adapter = bildung.save(lm, tmp_path / "adapter")
+    architecture = getattr(transformers, CONFIGS[name][0])
+    theirs = peft.PeftModel.from_pretrained(architecture.from_pretrained(base), adapter).eval()
+    x = pixels(35, 35)
+    assert worst(theirs, lm.model, x) < 1e-5 < 1e-3 < worst(theirs, ours, x)
+    assert worst(theirs, bildung.load(adapter).model, x) < 1e-5
+    made = peft.get_peft_model(architecture.from_pretrained(base), peft.LoraConfig(r=3, target_modules=TARGETS)).eval()
+    for key, parameter in made.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(parameter, std=0.2)
+    made.save_pretrained(tmp_path / "made")
+    assert worst(made, bildung.load(tmp_path / "made").model, x) < 1e-5
+
+
+TARGETS = r".*(q_proj|v_proj|fc1|gate_proj|projection)"

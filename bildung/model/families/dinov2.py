@@ -72,3 +72,10 @@ def names(config: ModelConfig) -> Names:
         "model.norm": f"{top}layernorm",
         "classifier.out_proj": "classifier",
     }
+
+
+def MODULES(config: ModelConfig) -> dict[str, str]:
+    """What transformers 5 calls the matrices in memory; there gate and up are two."""
+    top = f"{config.model_type}." if "classify_mean" in config.heads else ""
+    gated = {name: f"{name}_proj" for name in ("gate", "up", "down")}
+    return vit.modules(config, f"{top}encoder.layer", gated if config.gated else {"up": "fc1", "down": "fc2"})

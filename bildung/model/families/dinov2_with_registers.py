@@ -10,7 +10,7 @@ from __future__ import annotations
 from bildung.model.config import ConfigKeys, ModelConfig
 from bildung.model.families import dinov2, vit
 
-names = dinov2.names
+names, MODULES = dinov2.names, dinov2.MODULES
 
 
 def config(keys: ConfigKeys) -> ModelConfig:

@@ -17,18 +17,18 @@ from bildung.core.errors import ConfigError
 from bildung.model.config import ConfigKeys, ImageShape, ModelConfig, per_head
 from bildung.model.names import Names, Stored
 
+QKV = ("query", "key", "value")
 INTERPOLATIONS = ("bicubic", "bilinear", "bicubic-antialias", "bilinear-antialias")
 
 
 def config(keys: ConfigKeys) -> ModelConfig:
     """ViTConfig's keys."""
     architecture = keys.architecture("ViTModel", "ViTForImageClassification")
-    labels = keys.num_labels()
-    hidden_size = keys.size("hidden_size", 768)
+    labels, hidden_size = keys.num_labels(), keys.size("hidden_size", 768)
     keys.require("pooler_act", "tanh")
     keys.require("pooler_output_size", hidden_size)
     keys.take("encoder_stride", None)  # of the decoder for hidden patches, which is another architecture
-    classify = architecture == "ViTForImageClassification"
+    classify = architecture.endswith("Classification")
     return ModelConfig(
         model_type="vit",
         **shared(keys, hidden_size, image_of(keys, 224, 16)),
@@ -124,14 +124,11 @@ def names(config: ModelConfig) -> Names:
 
 def embedding_names(config: ModelConfig, place: str) -> Names:
     """What stands below the blocks."""
-    image = config.image
-    assert image is not None
+    assert (image := config.image) is not None
     kernel = (image.num_channels, image.patch_size, image.patch_size)
-    return {
-        "model.patch_embed": Stored(f"{place}.patch_embeddings.projection", shape=kernel),
-        "model.embed_positions": f"{place}.position_embeddings",
-        **{f"model.{name}": f"{place}.{name}" for name in ("cls_token", "mask_token", "register_tokens")},
-    }
+    tokens = {f"model.{name}": f"{place}.{name}" for name in ("cls_token", "mask_token", "register_tokens")}
+    projection = Stored(f"{place}.patch_embeddings.projection", shape=kernel)
+    return {"model.patch_embed": projection, "model.embed_positions": f"{place}.position_embeddings", **tokens}
 
 
 def attention_names(own: str, block: str) -> Names:
@@ -140,4 +137,14 @@ def attention_names(own: str, block: str) -> Names:
     return {**inner, f"{own}.self_attn.o_proj": f"{block}.attention.output.dense"}
 
 
-QKV = ("query", "key", "value")
+def MODULES(config: ModelConfig) -> dict[str, str]:
+    """What transformers 5 calls the matrices in memory, which adapters go by; files keep the older names."""
+    return modules(config, "vit.layers" if "classify" in config.heads else "layers", {"up": "fc1", "down": "fc2"})
+
+
+def modules(config: ModelConfig, layers: str, mlp: dict[str, str]) -> dict[str, str]:
+    """Module path here -> in transformers, of every layer's matrices."""
+    inside = {f"self_attn.{letter}_proj": f"attention.{letter}_proj" for letter in "qkvo"}
+    inside |= {f"mlp.{own}_proj": f"mlp.{theirs}" for own, theirs in mlp.items()}
+    numbers = range(config.num_hidden_layers)
+    return {f"model.layers.{n}.{own}": f"{layers}.{n}.{theirs}" for n in numbers for own, theirs in inside.items()}

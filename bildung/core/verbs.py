@@ -24,6 +24,7 @@ from bildung.core.errors import BildungError, SettingsError, nearest
 WORDS = {
     "evaluate.adopt": "adopt",
     "tune.merge": "merge",
+    "tune.relink": "relink",
     "compress.quantize": "quantize",
     "evaluate.evaluate": "evaluate",
     "run.generate": "generate",

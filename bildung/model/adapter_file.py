@@ -96,7 +96,7 @@ def find_base(directory: Path, settings: dict[str, Any]) -> Path:
             return place
     raise AdapterError(
         f"{directory / CONFIG} names the base model {named!r}, which is not a model directory here; "
-        f"put it there or correct base_model_name_or_path."
+        f"put it there, or say where it is: bildung relink {directory} BASE"
     )
 
 

@@ -124,8 +124,8 @@ def names(config: ModelConfig) -> Names:
 
 def embedding_names(config: ModelConfig, place: str) -> Names:
     """What stands below the blocks."""
-    assert (image := config.image) is not None
-    kernel = (image.num_channels, image.patch_size, image.patch_size)
+    image = config.image
+    kernel = (image.num_channels, image.patch_size, image.patch_size) if image else ()
     tokens = {f"model.{name}": f"{place}.{name}" for name in ("cls_token", "mask_token", "register_tokens")}
     projection = Stored(f"{place}.patch_embeddings.projection", shape=kernel)
     return {"model.patch_embed": projection, "model.embed_positions": f"{place}.position_embeddings", **tokens}

@@ -85,7 +85,7 @@ def seq2seq(source: Path, out: Path, settings: Settings, *, force: bool = False)
             settings,
             _batches(examples, settings, pad_id),
             partial(objective, smoothing=settings.label_smoothing),
-            what=f"{len(examples)} {settings.objective}, {num_targets(example.target for example in examples):,} tokens",
+            what=f"{len(examples)} {settings.objective}, {num_targets(one.target for one in examples):,} tokens",
             held_out=held_batches,
             notes=[*([f"{settings.data}: {report}"] if (report := texts.report()) else []), *examples.notes],
         )

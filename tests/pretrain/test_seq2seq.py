@@ -45,7 +45,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
 
 @pytest.fixture
 def words(tmp_path: Path) -> Path:
-    tokenizer, _ = learn([" ".join(LETTERS), " ".join(LETTERS.upper())], Learning(algorithm="word"))
+    tokenizer = learn([" ".join(LETTERS), " ".join(LETTERS.upper())], Learning(algorithm="word")).tokenizer
     (tmp_path / "words").mkdir()
     tokenizer.save(tmp_path / "words")
     return tmp_path / "words"
@@ -139,7 +139,8 @@ def test_prose_is_pretraining_too(objective: str, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "text.jsonl", text)
     control = tuple(f"<extra_id_{n}>" for n in range(10)) if objective == "spans" else ()
     specials = {"eos": "</s>", "pad": "<pad>", "mask": "<mask>", "unk": "<unk>"}
-    tokenizer, _ = learn([row["text"] for row in text], Learning(algorithm="word", control=control, specials=specials))
+    given_words = Learning(algorithm="word", control=control, specials=specials)
+    tokenizer = learn([row["text"] for row in text], given_words).tokenizer
     (tmp_path / "words").mkdir()
     tokenizer.save(tmp_path / "words")
     model = {

@@ -31,7 +31,7 @@ import yaml
 
 from bildung.core.errors import DataError, OutputError, nearest
 from bildung.core.settings import settings
-from bildung.data import convert, convert_images, convert_pairs, packages
+from bildung.data import convert, convert_images, convert_pairs, convert_wordnet, packages
 from bildung.data.packages import Package, Unavailable
 
 STAMP = ".entry.json"  # written with the rows: what they were made from, so that a second run knows they are current
@@ -106,7 +106,7 @@ def _made_from(entry: Entry) -> str:
 
 def _converters(entry: Entry) -> ModuleType:
     """The module that has the entry's converter."""
-    modules = (convert, convert_images, convert_pairs)
+    modules = (convert, convert_images, convert_pairs, convert_wordnet)
     return next(module for module in modules if hasattr(module, entry["convert"]))
 
 

@@ -27,6 +27,7 @@ from bildung.core.errors import SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
+from bildung.data.augment import Augmentation, AugmentedBatches
 from bildung.data.batches import Batch, Example, clm_examples, num_targets, pad, pad_packed
 from bildung.data.mixture import Mixture, Phases
 from bildung.data.sources import fingerprint
@@ -36,6 +37,7 @@ from bildung.model.store import LanguageModel, write_model
 from bildung.pretrain.birth import Birth, begin
 from bildung.pretrain.tokenize import encode, held_out_texts
 from bildung.run.generate import generate
+from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.fit import mean_loss
 from bildung.train.objectives import clm
 from bildung.train.training import check_ranges, run, steps_of
@@ -47,6 +49,7 @@ SAMPLES = "samples.jsonl"
 class Settings(Birth):
     """Causal language modelling."""
 
+    augment: Augmentation = Augmentation()  # text changed anew in every epoch (data/augment.py)
     curriculum: tuple[int, ...] = ()  # shorter rows before those of max_length, each for an equal share of the steps
     sample_prompts: tuple[str, ...] = ()  # continued at every evaluation and at the end, for people to read
     sample_tokens: int = 40  # length of these continuations
@@ -76,7 +79,7 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
             job,
             lm.model,
             settings,
-            _batches(folders, weights, settings, pad_id),
+            _batches(folders, weights, settings, lm.tokenizer),
             clm,
             what=f"{sum(one.tokens for one in rows):,} tokens in rows of {settings.max_length}",
             held_out=held_batches,
@@ -95,6 +98,8 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
         write_model(lm, job.out)
 
     data = {name: digest for part in parts for name, digest in _fingerprint(part).items()}
+    if settings.augment.synonyms:
+        data |= fingerprint("nursery:wordnet")
     return perform("pretrain causal", source, out, settings, work, data=data, force=force)
 
 
@@ -134,7 +139,13 @@ def _encoded(job: Job, lm: LanguageModel, part: str, number: int, given: Setting
     return folder
 
 
-def _batches(folders: Sequence[Path], weights: Sequence[float], given: Settings, pad_id: int | None) -> Any:
+def _batches(folders: Sequence[Path], weights: Sequence[float], given: Settings, tokenizer: Tokenizer) -> Any:
+    """Batches of the mixture, its text changed where that is asked for."""
+    batch_at = _unchanged(folders, weights, given, tokenizer.pad_id)
+    return AugmentedBatches(batch_at, tokenizer, given.augment, given.seed) if given.augment.is_on else batch_at
+
+
+def _unchanged(folders: Sequence[Path], weights: Sequence[float], given: Settings, pad_id: int | None) -> Any:
     """Batches of the mixture; with a curriculum of as many tokens each, in more and shorter rows at first."""
 
     def of_length(length: int) -> Mixture[list[Example], Batch]:

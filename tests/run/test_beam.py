@@ -11,6 +11,7 @@ import torch
 
 from bildung.core.errors import SettingsError
 from bildung.model.base import CausalLM
+from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.transformer import Decoder
@@ -35,7 +36,6 @@ EOS = 4
 
 
 def five_tokens(seed: int) -> Decoder:
-    from bildung.model.build import build
 
     return build(from_dict({**CONFIG, **FIVE}), seed=seed).eval()
 
@@ -277,3 +277,33 @@ def test_settings_that_cannot_be_are_refused() -> None:
 def test_fewer_answers_where_there_are_no_more() -> None:
     (found,) = beam_search(five_tokens(0), [[0]], new_tokens=1, beam=Beam(beams=9, n_best=9), stop_ids={EOS})
     assert len(found) == 5
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_a_recurrent_model_searches_as_an_attending_one(cell: str) -> None:
+    """Its state is what a fork copies: a padded batch finds what each prompt finds alone, a wide beam the best."""
+    sizes = {"hidden_size": 24, "embedding_size": 16, "num_hidden_layers": 2, "initializer_range": 0.5}
+    model = build(from_dict({"model_type": "rnn", "cell": cell, "vocab_size": 5, "eos_token_id": EOS, **sizes}), seed=3)
+    beam = Beam(beams=300, n_best=5)
+    prompts = [[0, 2, 1], [3], [1, 1, 0, 2]]
+    together = beam_search(model.eval(), prompts, new_tokens=4, beam=beam, stop_ids={EOS})
+    assert len({tuple(one.tokens for one in found) for found in together}) > 1, "the prompts matter"
+    for prompt, found in zip(prompts, together, strict=True):
+        best = everything(model, prompt, 4, beam)[:5]
+        assert [one.tokens for one in found] == [tokens for _, tokens in best]
+
+
+@pytest.mark.parametrize("attention", ["none", "bahdanau", "general"])
+def test_a_seq2seq_model_keeps_each_row_with_its_source(attention: str) -> None:
+    keys = {"model_type": "rnn_seq2seq", "attention": attention, "cell": "gru", "vocab_size": 40, "hidden_size": 24}
+    more = {"embedding_size": 16, "attention_size": 20, "initializer_range": 0.5, "bos_token_id": 0, "eos_token_id": 2}
+    model = build(from_dict({**keys, **more}), seed=3).eval()
+    sources = torch.tensor([[5, 17, 32, 8], [9, 11, 0, 0], [37, 3, 20, 0]])
+    keep = torch.tensor([[True] * 4, [True, True, False, False], [True] * 3 + [False]])
+    beam = Beam(beams=4, n_best=4, coverage_penalty=0.0 if attention == "none" else 0.5)
+    together = beam_search(model.given(sources, keep), [[0]] * 3, new_tokens=7, beam=beam, stop_ids={2})
+    assert len({found[0].tokens for found in together}) == 3, "the sources matter"
+    for source, real, found in zip(sources, keep, together, strict=True):
+        (alone,) = beam_search(model.given(source[real][None]), [[0]], new_tokens=7, beam=beam, stop_ids={2})
+        assert [one.tokens for one in alone] == [one.tokens for one in found]
+        torch.testing.assert_close([one.score for one in alone], [one.score for one in found], atol=2e-4, rtol=0)

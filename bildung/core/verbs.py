@@ -36,6 +36,7 @@ WORDS = {
     "app.compare": "compare",
     "app.report": "report",
     "app.sites": "sites",
+    "app.plan": "plan",
     "app.show": "show",
 }
 

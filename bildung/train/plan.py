@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,8 +28,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bildung.model.count import count, on_paper, totals
-from bildung.train.objectives import CHUNK_ELEMENTS
+from bildung.model.count import count, totals
+from bildung.train.objectives import CHUNK_ELEMENTS, surprisal
 
 OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw": 0.0, "adamw_8bit": 2.1, "muon": 4.0, "adafactor": 0.1}
 
@@ -147,3 +148,22 @@ def _fake_copy(model: Any) -> Any:
         memo |= {id(value): value for value in vars(module).values() if isinstance(value, Tensor)}
         memo |= {id(buffer): buffer for buffer in module.buffers(recurse=False)}
     return copy.deepcopy(model, memo)
+
+
+def speed(model: Any, *, rows: int, length: int, seconds: float, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Tokens per second of forward and backward passes on random numbers, after one that warms up."""
+    real = copy.deepcopy(model).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in real.parameters():
+            parameter.normal_(0.0, 0.02)
+    real.compute_dtype = dtype
+    real.train()
+    tokens_BL = torch.randint(0, model.config.vocab_size, (rows, length))
+    targets_N = tokens_BL[:, 1:].flatten()
+    passes, start = 0, time.monotonic()
+    while passes < 2 or time.monotonic() - start < seconds:
+        surprisal(real, real.hidden(tokens_BL)[:, :-1].flatten(0, 1), targets_N).sum().backward()
+        passes += 1
+        if passes == 1:
+            start = time.monotonic()
+    return (passes - 1) * rows * length / (time.monotonic() - start)

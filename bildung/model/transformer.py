@@ -216,7 +216,8 @@ class Backbone(Stack):
             types_BL = torch.zeros_like(tokens_BL) if types_BL is None else types_BL
             x_BLD = x_BLD + self.token_types(types_BL).to(dtype)
         if self.embed_positions is not None:
-            x_BLD = x_BLD + self.taps(self.pos_site, self.embed_positions(positions_BL, dtype))
+            added = self.embed_positions(positions_BL, dtype)  # of one row where all have the same positions
+            x_BLD = x_BLD + self.taps(self.pos_site, added.expand_as(x_BLD))
         return x_BLD
 
     def forward(

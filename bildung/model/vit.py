@@ -57,7 +57,7 @@ class PatchStack(Stack):
         if masked_BN is not None:
             x_BND = self._masked(x_BND, masked_BN)
         x_BLD = torch.cat((self.cls_token.to(dtype).expand(len(x_BND), -1, -1), x_BND), dim=1)
-        x_BLD = x_BLD + self.taps(self.pos_site, self.positions(rows, columns).to(dtype))
+        x_BLD = x_BLD + self.taps(self.pos_site, self.positions(rows, columns).to(dtype).expand_as(x_BLD))
         if self.register_tokens is not None:
             registers_BKD = self.register_tokens.to(dtype).expand(len(x_BND), -1, -1)
             x_BLD = torch.cat((x_BLD[:, :1], registers_BKD, x_BLD[:, 1:]), dim=1)

@@ -57,7 +57,7 @@ def check_same_tokens(a: LanguageModel, b: LanguageModel, ids: list[int], prompt
 def check_same_model_shape(a: LanguageModel, b: LanguageModel) -> None:
     """Raises DataError unless both models have the same layers and heads."""
     for what, name in (("layers", "num_hidden_layers"), ("attention heads", "num_attention_heads")):
-        first, second = getattr(a.config, name), getattr(b.config, name)
+        first, second = getattr(a.config, name, 0), getattr(b.config, name, 0)  # a recurrent model has no heads
         if first != second:
             raise DataError(f"the models have {first} and {second} {what}; only models of one shape can be compared.")
 

@@ -1,0 +1,69 @@
+"""Pictures of numbers along an axis, one line per model, named at its end instead of in a legend."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bildung.look.picture import DPI, FONT, INK, MUTED, RULE, drawable, save_figure
+
+# Told apart without colour vision too (Okabe & Ito 2008, without its yellow).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes. lines: name -> (x, y)."""
+
+    title: str
+    x_label: str
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    log_y: bool = False
+    y_limits: tuple[float, float] | None = None
+
+
+def draw_lines(panels: Sequence[Panel], path: Path) -> None:
+    """The panels side by side as a PNG."""
+    figure = Figure(figsize=(5.4 * len(panels), 3.6), dpi=DPI, layout="constrained", facecolor="white")
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _draw(axis, panel)
+    save_figure(figure, path)
+
+
+def _draw(axis: Axes, panel: Panel) -> None:
+    ends = []
+    for number, (name, (xs, ys)) in enumerate(panel.lines.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        axis.plot(xs, ys, color=colour, linewidth=1.4)
+        ends.append((ys[-1], xs[-1], drawable(name), colour))
+    if panel.log_y:
+        axis.set_yscale("log")
+    if panel.y_limits is not None:
+        axis.set_ylim(*panel.y_limits)
+    axis.set_title(drawable(panel.title), fontsize=8, color=INK, loc="left", family=FONT, parse_math=False)
+    axis.set_xlabel(panel.x_label, fontsize=7.5, color=MUTED, family=FONT)
+    axis.tick_params(length=2, labelsize=7, colors=MUTED)
+    axis.grid(True, color=RULE, linewidth=0.4)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(RULE)
+    _name(axis, ends)
+
+
+def _name(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Each line's name to the right of the axes at the height where it ends, moved apart where they would overlap."""
+    low, high = axis.transData.transform([(0, limit) for limit in axis.get_ylim()])[:, 1]
+    height = axis.transData.transform([(0, y) for y, *_ in ends])[:, 1]
+    share = ((height - low) / (high - low)).clip(0, 1)
+    least, last = 0.055, -1.0
+    for number in sorted(range(len(ends)), key=lambda number: share[number]):
+        last = max(float(share[number]), last + least)
+        _, _, name, colour = ends[number]
+        place = axis.transAxes
+        axis.text(
+            1.01, last, name, fontsize=7, color=colour, family=FONT, parse_math=False, va="center", transform=place
+        )

@@ -91,6 +91,14 @@ def test_what_it_leaves_opens_in_transformers(trained: Path, bars: Path) -> None
         assert peer.config.id2label[int(peer(x).logits.argmax())] == "down"
 
 
+def test_the_word_nothing_is_no_source(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert image("nothing", tmp_path / "out", settings(bars, steps=1)).source is None
+    (tmp_path / "nothing").mkdir()  # unless something is called so
+    with pytest.raises(ModelFileError, match=r"config\.json"):
+        image("nothing", tmp_path / "other", settings(bars, model=None, steps=1))
+
+
 def test_a_killed_run_goes_on_from_its_checkpoint(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = settings(bars, steps=12, shift=1, checkpoint_every=4)
     image(None, tmp_path / "whole", given)

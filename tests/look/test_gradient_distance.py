@@ -35,7 +35,7 @@ def test_a_linear_rnns_gradient_changes_by_its_spectral_radius_per_token(radius:
 
 def test_a_tanh_rnn_vanishes_and_an_open_lstm_does_not() -> None:
     assert rate_of(lm_of(cell="rnn", recurrent_scale=0.8)) < 0.81
-    assert 0.98 < rate_of(lm_of(cell="lstm", forget_bias=6.0, recurrent_scale=0.1)) < 1.0
+    assert abs(rate_of(lm_of(cell="lstm", forget_bias=6.0, recurrent_scale=0.1)) - 1) < 0.02
 
 
 def test_the_verb_draws_several_models(tiny_lm_directory: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
     bildung tokenizer compare lives/en lives/both --data nursery:kjv nursery:sparv notes.txt --plot compare.png
 
-Every text is a row of its own, so one file or source per language shows which languages a vocabulary serves.
+Every text is a row of its own, so one file or source per language shows which languages a vocabulary serves. Mind that
+a text flatters the tokenizers that were learned from it.
 """
 
 from __future__ import annotations
@@ -73,16 +74,16 @@ def short_names(directories: tuple[Path, ...] | list[Path]) -> list[str]:
 
 
 def table(found: dict[str, dict[str, Measured]]) -> Table:
-    """One row per text and tokenizer; the most bytes per token of each text stand out."""
+    """One row per text and tokenizer. Of those that lose nothing, the one with the fewest tokens is printed bold."""
     made = Table(box=None, pad_edge=False)
     made.add_column("text", overflow="fold")
     made.add_column("tokenizer", overflow="fold")
     for name in ("tokens", "tokens per word", "bytes per token", "unknown"):
         made.add_column(name, justify="right")
     for source, by_tokenizer in found.items():
-        best = max(measured.bytes_per_token for measured in by_tokenizer.values())
+        best = min((of.tokens for of in by_tokenizer.values() if not of.unknown), default=None)
         for place, (name, of) in enumerate(by_tokenizer.items()):
-            style = "bold" if of.bytes_per_token == best and len(by_tokenizer) > 1 else ""
+            style = "bold" if of.tokens == best and not of.unknown and len(by_tokenizer) > 1 else ""
             made.add_row(
                 "" if place else source,
                 name,

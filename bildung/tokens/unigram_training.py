@@ -13,7 +13,7 @@ because they are rare or because their parts are cheap, are pruned.
 This is SentencePiece's algorithm. The trainer of the `tokenizers` library (0.23) differs in two places, both of which
 `as_tokenizers=True` repeats, and then comes from the same words to the same vocabulary:
 - It looks for seeds in the list of distinct words, so that a word counts once however frequent it is, and a word that
-  is no part of a longer one is never a seed. Its vocabularies cut text into 10 to 40 % more tokens (docs/log.md).
+  is no part of a longer one is never a seed. Its vocabularies cut text into 6 to 41 % more tokens (docs/log.md).
 - Its loss counts all pieces of the vocabulary in the place of those that spell this one (its issue 2069).
 """
 
@@ -84,7 +84,7 @@ def learn(
     if size < len(alphabet):
         raise SettingsError(f"{size} pieces are fewer than the {len(alphabet)} characters of the text; give more")
     first = seeds(words, longest, as_tokenizers)
-    corpus = _Corpus(words, list(first), longest)
+    corpus = Corpus(words, list(first), longest)
     scores_V = np.array(list(first.values()))
     order = list(range(len(first)))  # the pieces that are left; `finished` cuts at the end
     target = (size + 1) * 11 // 10 - 1
@@ -98,7 +98,7 @@ def learn(
             order = [number for number in order if uses_V[number] >= LEAST_USE]
             scores_V = maximized(uses_V, order)
         left = max(target, int((len(order) + 1) * shrink) - 1)
-        pruned = _Pruned([], [], order) if len(order) <= target else prune(corpus, scores_V, order, left, as_tokenizers)
+        pruned = Pruned([], [], order) if len(order) <= target else prune(corpus, scores_V, order, left, as_tokenizers)
         rounds.append(Round(start, tuple(nats), tuple(unused), tuple(pruned.removed), tuple(pruned.kept)))
         if len(order) <= target:
             scores = {corpus.pieces[number]: float(scores_V[number]) for number in order}
@@ -133,7 +133,7 @@ def seeds(words: Words, longest: int = 16, as_tokenizers: bool = False) -> dict[
     return {piece: math.log(weight / total) for weight, piece in weights}
 
 
-class _Corpus:
+class Corpus:
     """The words and their counts, with all their substrings looked up among `pieces`; and the pieces as words."""
 
     def __init__(self, words: Words, pieces: list[str], longest: int) -> None:
@@ -193,13 +193,15 @@ def maximized(uses_V: Array, order: Sequence[int]) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Pruned:
+class Pruned:
+    """What one pruning decided."""
+
     removed: list[Removed]
     kept: list[Removed]
     order: list[int]  # what is left: first what cannot be pruned, then what is missed most
 
 
-def prune(corpus: _Corpus, scores_V: Array, order: list[int], left: int, as_tokenizers: bool = False) -> _Pruned:
+def prune(corpus: Corpus, scores_V: Array, order: list[int], left: int, as_tokenizers: bool = False) -> Pruned:
     """Chooses what to remove so that `left` pieces stay.
 
     Pieces that others cannot spell (characters) are no candidates and always stay; unused ones always go.
@@ -225,7 +227,7 @@ def prune(corpus: _Corpus, scores_V: Array, order: list[int], left: int, as_toke
     used = sum(bool(candidate.uses) for candidate in candidates.values())
     stay = min(max(0, left - len(always)), used)
     removed = [candidates[number] for number in reversed(ranked[stay:])]
-    return _Pruned(removed, [candidates[number] for number in reversed(ranked[:stay])], always + ranked[:stay])
+    return Pruned(removed, [candidates[number] for number in reversed(ranked[:stay])], always + ranked[:stay])
 
 
 def finished(scores: Mapping[str, float], alphabet: list[str], size: int) -> dict[str, float]:

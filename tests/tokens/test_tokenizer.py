@@ -206,6 +206,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit(d / "tokenizer.json", lambda r: r["added_tokens"][2].update(id=7)),
         r"puts the added token '<\|im_end\|>' at id 7, the vocabulary at 2",
     ),
+    "an id twice": (
+        lambda d: edit(d / "tokenizer.json", lambda r: r["model"]["vocab"].update(he=20)),
+        r"contradict each other: tokenizer.json has id 20 for '.' and for 'he'",
+    ),
     "config disagrees": (
         lambda d: edit(
             d / "tokenizer_config.json", lambda r: r.update(added_tokens_decoder={"5": {"content": "<|im_end|>"}})

@@ -44,7 +44,7 @@ from bildung.model.transformer import Decoder
 from bildung.train.fit import LossSum, Objective, fit, mean_loss
 from bildung.train.history import History
 from bildung.train.optim import adamw, schedule
-from bildung.train.training import COMPUTE
+from bildung.train.training import COMPUTE, check_continues_text
 from bildung.tune import lora
 from bildung.tune.full import check_trainable
 from bildung.tune.instruction import tune
@@ -141,6 +141,7 @@ def dpo(source: Path, out: Path, settings: Settings, *, force: bool = False) -> 
 
     def work(job: Job) -> None:
         lm = load(source, "float32" if settings.full or settings.precision == "fp32" else "bfloat16")
+        check_continues_text(lm)
         lm.model.compute_dtype = COMPUTE[settings.precision]
         if settings.full:
             check_trainable(lm, source)

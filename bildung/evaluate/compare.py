@@ -25,6 +25,7 @@ from bildung.evaluate.likelihood import batches, chunks, evaluating, rolling
 from bildung.evaluate.metrics import paired_difference
 
 if TYPE_CHECKING:
+    from bildung.model.base import CausalLM
     from bildung.model.store import LanguageModel
 
 Card = Mapping[str, Any]
@@ -154,9 +155,7 @@ def _compare_batch(
         target_BL[b, : len(piece)] = torch.tensor(piece.loss_mask)
     is_target, targets_N = target_BL[:, 1:], tokens_BL[:, 1:][target_BL[:, 1:]]
     text_N = numbers_B[:, None].expand_as(is_target)[is_target]
-    h_a, h_b = (
-        lm.model.hidden(tokens_BL[:, :-1].to(lm.model.device))[is_target.to(lm.model.device)] for lm in (lm_a, lm_b)
-    )
+    h_a, h_b = (_states(lm.model, tokens_BL[:, :-1])[is_target.to(lm.model.device)] for lm in (lm_a, lm_b))
     made = []
     for (start, a_CV), (_, b_CV) in zip(chunks(lm_a.model, h_a), chunks(lm_b.model, h_b), strict=True):
         a_CV, b_CV = a_CV.float(), b_CV.float().to(a_CV.device)
@@ -168,6 +167,13 @@ def _compare_batch(
         nll_a, nll_b = (-logp.gather(1, target_C1)[:, 0] for logp in (logp_CV, logq_CV))
         made.append((*(part.cpu() for part in (kl, same, gap, nll_a, nll_b)), text_N[here]))
     return made
+
+
+def _states(model: Any, tokens_BL: Tensor) -> Tensor:
+    """Final states. A model that answers sources is given the text as its source too: both models see the same."""
+    tokens_BL = tokens_BL.to(model.device)
+    conditioned: CausalLM = model.given(tokens_BL) if hasattr(model, "given") else model
+    return conditioned.hidden(tokens_BL)
 
 
 def _clustered_stderr(values_N: Tensor, text_N: Tensor) -> float:

@@ -105,8 +105,6 @@ def seq2seq(source: Path, out: Path, settings: Settings, *, force: bool = False)
 
 def check(given: Settings) -> None:
     """Raises SettingsError for settings that do not go together."""
-    if not 0 <= given.label_smoothing < 1:
-        raise SettingsError(f"label_smoothing = {given.label_smoothing}; it must lie in [0, 1).")
     for name in ("max_target", "batch_tokens", "answers", "beams"):
         if (value := getattr(given, name)) is not None and value < 1:
             raise SettingsError(f"{name} = {value}; it must be a whole number from 1.")

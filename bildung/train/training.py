@@ -11,9 +11,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from bildung.core.errors import SettingsError, TrainingError
+from bildung.core.errors import DataError, SettingsError, TrainingError
 from bildung.core.operation import Job
 from bildung.core.settings import settings
+from bildung.data.bucketing import Bucketed
+from bildung.model.base import CausalLM
 from bildung.model.linear import Dense
 from bildung.model.store import LanguageModel
 from bildung.train.fit import History, Objective, fit, mean_loss
@@ -68,6 +70,7 @@ def check_ranges(given: Training) -> None:
         ("weight_decay l1 gradient_noise neftune", lambda number: 0 <= number < math.inf, "at least 0 and finite"),
         ("held_out evaluate_every checkpoint_every", lambda number: number >= 0, "at least 0"),
         ("warmup", lambda number: 0 <= number <= 1, "between 0 and 1, a share of the steps"),
+        ("label_smoothing", lambda number: 0 <= number < 1, "at least 0 and below 1"),
         ("seed", lambda number: -(2**63) <= number < 2**63, "a number of at most 64 bits"),
     ):
         for name in names.split():
@@ -76,6 +79,19 @@ def check_ranges(given: Training) -> None:
                 raise SettingsError(f"{name} = {value} was given; it must be {allowed}.")
     if given.steps is not None and given.epochs is not None:
         raise SettingsError(f"steps = {given.steps} and epochs = {given.epochs} were given; give one of them.")
+
+
+def check_continues_text(lm: LanguageModel) -> None:
+    """Raises DataError for a model that is no model of the next token: it cannot learn from conversations."""
+    if not isinstance(lm.model, CausalLM):
+        answers = hasattr(lm.model, "given")
+        advice = (
+            "`bildung pretrain seq2seq` goes on training it on sources and targets" if answers else "train its heads"
+        )
+        raise DataError(
+            f"{lm.path} is a {lm.config.model_type} of kind {lm.config.kind!r}, which does not continue text, and this "
+            f"training is for models that do; {advice}."
+        )
 
 
 def check_trainable(lm: LanguageModel, source: Path) -> None:
@@ -98,6 +114,12 @@ class Batches(Protocol):
     def batches_per_epoch(self) -> float: ...
 
     def __call__(self, n: int) -> Any: ...
+
+
+def _batch_size(given: Training, batch_at: Batches) -> str:
+    if isinstance(batch_at, Bucketed):
+        return f"at most {batch_at.tokens * given.micro_steps} tokens"
+    return f"{given.batch_size * given.micro_steps} rows"
 
 
 def steps_of(given: Training, batches_per_epoch: float) -> int:
@@ -130,8 +152,7 @@ def run(
     steps = steps_of(given, batch_at.batches_per_epoch)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(
-        f"{job.operation}: {what}; {trainable:,} trainable parameters; {steps} steps of "
-        f"{given.batch_size * given.micro_steps} rows",
+        f"{job.operation}: {what}; {trainable:,} trainable parameters; {steps} steps of {_batch_size(given, batch_at)}",
         *notes,  # what was dropped or cut, and why
         sep="\n  ",
         file=sys.stderr,

@@ -26,7 +26,7 @@ from bildung.model import adapter_file
 from bildung.model.store import LanguageModel, load
 from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.objectives import clm
-from bildung.train.training import COMPUTE, Training, check_ranges, run
+from bildung.train.training import COMPUTE, Training, check_continues_text, check_ranges, run
 
 
 @settings
@@ -88,6 +88,7 @@ def base_of(source: Path) -> dict[str, Path]:
 
 def train(job: Job, lm: LanguageModel, given: Tuning) -> None:
     """Train what requires gradients in `lm` and fill in the job's numbers. Goes on from a checkpoint in job.out."""
+    check_continues_text(lm)
     lm.model.compute_dtype = COMPUTE[given.precision]
     data = prepare(lm.tokenizer, given)
     job.measured |= {

@@ -12,7 +12,7 @@
 The `tokenizers` library does the counting, in a way that gives the same tokenizer for the same text. (Left to itself
 its WordPiece trainer numbers the ##letters in the order of a hash table, and ties then fall differently in every
 process: its issue 1794.) Unigram is learned by tokens/unigram_training.py, because the library's trainer overlooks
-frequent words and makes 6 to 41 % more tokens of the same text (docs/log.md).
+frequent words and makes 7 to 29 % more tokens of the same text (docs/log.md).
 """
 
 from __future__ import annotations

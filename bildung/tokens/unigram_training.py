@@ -13,7 +13,7 @@ because they are rare or because their parts are cheap, are pruned.
 This is SentencePiece's algorithm. The trainer of the `tokenizers` library (0.23) differs in two places, both of which
 `as_tokenizers=True` repeats, and then comes from the same words to the same vocabulary:
 - It looks for seeds in the list of distinct words, so that a word counts once however frequent it is, and a word that
-  is no part of a longer one is never a seed. Its vocabularies cut text into 6 to 41 % more tokens (docs/log.md).
+  is no part of a longer one is never a seed. Its vocabularies cut text into 7 to 29 % more tokens (docs/log.md).
 - Its loss counts all pieces of the vocabulary in the place of those that spell this one (its issue 2069).
 """
 

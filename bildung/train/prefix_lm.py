@@ -10,7 +10,7 @@ from bildung.train.objectives import nll_at_targets
 
 def prefix_lm(model: CausalLM, batch: PrefixBatch, smoothing: float = 0.0) -> LossSum:
     """Sum of -log p(target) over the tokens after the prefixes, in nats. Packed rows too: a prefix is seen by its own
-    example only. smoothing: see objectives.clm."""
+    example only. smoothing: ε of label smoothing (see objectives.clm), where the model trains."""
     rows = batch.batch
     h_BLD = model.hidden(
         rows.tokens_BL,
@@ -19,5 +19,5 @@ def prefix_lm(model: CausalLM, batch: PrefixBatch, smoothing: float = 0.0) -> Lo
         segments_BL=rows.segments_BL,
         prefix_BL=batch.prefix_BL,
     )
-    nll_N = nll_at_targets(model, h_BLD, rows, smoothing)
+    nll_N = nll_at_targets(model, h_BLD, rows, smoothing if model.training else 0.0)
     return LossSum(nll_N.sum(), nll_N.numel())

@@ -24,5 +24,9 @@ class Givens(Protocol):
 
 
 def seq2seq(model: Givens, batch: Seq2SeqBatch, smoothing: float = 0.0) -> LossSum:
-    """Sum of -log p(target token | source, target before it) over the batch, in nats. smoothing: see objectives.clm."""
-    return clm(model.given(batch.source_BS, batch.source_keep_BS), batch.target, smoothing)
+    """Sum of -log p(target token | source, target before it) over the batch, in nats.
+
+    smoothing: ε of label smoothing (see objectives.clm), where the model trains; held-out losses are the model's own.
+    """
+    conditioned = model.given(batch.source_BS, batch.source_keep_BS)
+    return clm(conditioned, batch.target, smoothing if conditioned.training else 0.0)

@@ -54,6 +54,9 @@ def test_it_is_the_cross_entropy_of_every_target_token(smoothing: float) -> None
         expected += F.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
     assert loss.count == sum(one.num_targets for one in examples)
     torch.testing.assert_close(loss.total, expected, rtol=1e-5, atol=1e-5)
+    plain = seq2seq(model, pad_seq2seq(examples, None)).total
+    model.eval()  # what is measured is the model's own loss
+    torch.testing.assert_close(seq2seq(model, pad_seq2seq(examples, None), smoothing).total, plain)
 
 
 def test_gradients_reach_encoder_and_decoder_and_the_shared_matrix_once() -> None:

@@ -189,12 +189,14 @@ def _known(name: str, names: list[str], where: str = "") -> str:
 class _Loader(yaml.SafeLoader):
     """YAML without tags that make objects, and without keys given twice (plain YAML keeps the last one silently)."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # While composing: later, keys that `<<: *other` brings along stand beside those that replace them.
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for tag, key in keys:
+            if keys.count((tag, key)) > 1:
                 raise yaml.constructor.ConstructorError(problem=f"{key!r} is given twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _check_size(content: Any, path: Path) -> None:

@@ -17,13 +17,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. lines: name -> (x, y)."""
+    """One pair of axes. lines: name -> (x, y). shaded: from this x on the ground is grey, and why."""
 
     title: str
     x_label: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     log_y: bool = False
     y_limits: tuple[float, float] | None = None
+    y_label: str = ""
+    shaded: tuple[float, str] | None = None
 
 
 def draw_lines(panels: Sequence[Panel], path: Path) -> None:
@@ -44,8 +46,14 @@ def _draw(axis: Axes, panel: Panel) -> None:
         axis.set_yscale("log")
     if panel.y_limits is not None:
         axis.set_ylim(*panel.y_limits)
+    if panel.shaded is not None:
+        start, why = panel.shaded
+        axis.axvspan(start, max(max(xs) for xs, _ in panel.lines.values()), color="#f1eee8", linewidth=0, zorder=0)
+        place = axis.get_xaxis_transform()
+        axis.text(start, 0.98, f" {why}", fontsize=7, color=MUTED, family=FONT, va="top", transform=place)
     axis.set_title(drawable(panel.title), fontsize=8, color=INK, loc="left", family=FONT, parse_math=False)
     axis.set_xlabel(panel.x_label, fontsize=7.5, color=MUTED, family=FONT)
+    axis.set_ylabel(panel.y_label, fontsize=7.5, color=MUTED, family=FONT)
     axis.tick_params(length=2, labelsize=7, colors=MUTED)
     axis.grid(True, color=RULE, linewidth=0.4)
     for side, spine in axis.spines.items():

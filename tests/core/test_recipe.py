@@ -146,3 +146,20 @@ def test_files_that_cannot_be_read():
     for path in ("absent.yaml", "latin.yaml", "."):
         with pytest.raises(RecipeError, match="cannot be read as a recipe"):
             read_recipe(Path(path))
+
+
+def test_settings_can_be_merged_and_what_is_merged_replaced():
+    """`<<: *other` brings another step's settings along; keys written beside it win, nested ones too."""
+    recipe = read("""
+out: o
+life:
+  - as: a
+    do: adopt
+    from: x
+    with: &a {rate: 1, sizes: &sizes {wide: 2, deep: 3}}
+  - {as: b, do: adopt, with: &b {<<: *a, sizes: {<<: *sizes, deep: 4}}}
+  - {as: c, do: adopt, with: {<<: *b, rate: 5}}
+""")
+    assert recipe.step("b").given == {"rate": 1, "sizes": {"wide": 2, "deep": 4}}
+    assert recipe.step("c").given == {"rate": 5, "sizes": {"wide": 2, "deep": 4}}
+    assert recipe.step("a").given == {"rate": 1, "sizes": {"wide": 2, "deep": 3}}

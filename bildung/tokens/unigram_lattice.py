@@ -17,6 +17,7 @@ import numpy as np
 from bildung.tokens.unigram import UNKNOWN_PENALTY
 
 Array = np.ndarray
+MOST_ENTRIES = 2_000_000  # of one group's arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +41,15 @@ class Group:
 
 
 def groups(words: Sequence[str], numbers: Mapping[str, int], longest: int) -> Iterator[Group]:
-    """The words grouped by length, at most 20,000 in one. numbers: the number of each piece, from 0 to V - 1."""
+    """The words grouped by length, in parts that fit the memory. numbers: the number of each piece, 0 to V - 1."""
     by_length: dict[int, list[int]] = {}
     for place, word in enumerate(words):
         by_length.setdefault(len(word), []).append(place)
     none = len(numbers)
     for length, places in sorted(by_length.items()):
-        for first in range(0, len(places), 20_000):
-            part = places[first : first + 20_000]
+        rows = max(1, MOST_ENTRIES // (length * min(longest, length)))
+        for first in range(0, len(places), rows):
+            part = places[first : first + rows]
             index_WLK = np.full((len(part), length, min(longest, length)), none, dtype=np.int32)
             for row, place in enumerate(part):
                 word = words[place]

@@ -114,20 +114,26 @@ def seeds(words: Words, longest: int = 16, as_tokenizers: bool = False) -> dict[
     the longer substring says the same. (Behind a word seen twice stand two different words.)
     """
     characters: collections.Counter[str] = collections.Counter()
-    times: collections.Counter[str] = collections.Counter()
-    behind: dict[str, str | None] = {}  # what stands behind each substring; None: different things
     for word, count in words.items():
         for character in word:
             characters[character] += count
-        seen = 1 if as_tokenizers else count
-        for start in range(len(word)):
-            for end in range(start + 2, min(start + longest, len(word)) + 1):
-                piece, after = word[start:end], word[end : end + 1]
-                times[piece] += seen
-                if (not after and seen > 1) or behind.setdefault(piece, after) != after:
-                    behind[piece] = None
+    repeated: list[tuple[int, str]] = []
+    frequent = {character for character in characters if characters[character] > 1}
+    for length in range(2, longest + 1):
+        times: collections.Counter[str] = collections.Counter()
+        behind: dict[str, str | None] = {}  # what stands behind each substring; None: different things
+        for word, count in words.items():
+            seen = 1 if as_tokenizers else count
+            for start in range(len(word) - length + 1):
+                piece = word[start : start + length]
+                if piece[:-1] in frequent and piece[1:] in frequent:  # what is seen twice has parts that are
+                    after = word[start + length : start + length + 1]
+                    times[piece] += seen
+                    if (not after and seen > 1) or behind.setdefault(piece, after) != after:
+                        behind[piece] = None
+        frequent = {piece for piece, count in times.items() if count > 1}
+        repeated += [(times[piece] * length, piece) for piece in frequent if behind[piece] is None]
     weights = sorted(((count, character) for character, count in characters.items()), reverse=True)
-    repeated = [(count * len(piece), piece) for piece, count in times.items() if behind[piece] is None]
     weights += sorted(repeated, reverse=True)[:MOST_SEEDS]
     total = sum(weight for weight, _ in weights)
     return {piece: math.log(weight / total) for weight, piece in weights}

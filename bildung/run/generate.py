@@ -11,6 +11,7 @@ the prompt, without the stop token, cut before the first stop string.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -54,11 +55,10 @@ def command(settings: Command) -> None:
     lm = load(settings.directory)
     ids = encode_prompt(lm, settings.prompt, settings.chat)
     if (beam := _beam(vars(settings))) != Beam():
-        found = write(
-            lm.model, lm.tokenizer, [ids], settings.new_tokens, sampling=settings, beam=beam, stop=settings.stop
-        )
+        stop = _stops(settings.stop)
+        found = write(lm.model, lm.tokenizer, [ids], settings.new_tokens, sampling=settings, beam=beam, stop=stop)
         for one in found[0]:
-            print(one.text if settings.n_best == 1 else f"{one.score:.4f}\t{one.text}")
+            print(one.text if settings.n_best == 1 else f"{one.score:.4f}\t{json.dumps(one.text, ensure_ascii=False)}")
         return
     for piece in stream(lm, ids, settings.new_tokens, sampling=settings, stop=settings.stop):
         print(piece, end="", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -166,4 +167,8 @@ def test_the_command_prints_the_n_best_with_their_scores(
         main(["generate", str(tmp_path / "model"), PROMPT, "--beams", "3", "--n-best", "2", "--new-tokens", "5"])
     assert done.value.code == 0
     found = bildung.generate(bildung.load(tmp_path / "model"), PROMPT, new_tokens=5, beams=3, n_best=2)
-    assert capsys.readouterr().out == "".join(f"{one.score:.4f}\t{one.text}\n" for one in found)
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    with pytest.raises(SystemExit) as refused:
+        main(["generate", str(tmp_path / "model"), PROMPT, "--beams", "3", "--stop", ""])
+    assert refused.value.code == 2 and "stop string is empty" in capsys.readouterr().err
+    assert [(score, json.loads(text)) for score, text in lines] == [(f"{one.score:.4f}", one.text) for one in found]

@@ -230,7 +230,7 @@ def test_killed_and_run_again_it_ends_the_same(tiny_lm_directory, given, tmp_pat
         (dict(seed=10**20), SettingsError, "64 bits"),
         (dict(alpha=0.0), SettingsError, "alpha = 0"),
         (dict(target="attention"), NoSuchLinear, "no weight matrix"),
-        (dict(learning_rate=1e30, clip=None), TrainingError, "step 2: the loss is nan"),
+        (dict(learning_rate=1e30, clip=None), TrainingError, "step 2, .*: the loss is nan"),
         (dict(data="nowhere.jsonl"), DataError, "no data called"),
     ],
 )

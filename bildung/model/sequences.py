@@ -42,7 +42,8 @@ class Sequences:
         self.backward = backward
         self.sizes = [self.B] * self.L
         # Nothing to take apart: every row is one sequence of all its tokens.
-        self.whole = segments_BL is None and (keep_BL is None or bool(keep_BL.all()))
+        one_segment = segments_BL is None or bool((segments_BL[:, 1:] == segments_BL[:, :-1]).all())
+        self.whole = one_segment and (keep_BL is None or bool(keep_BL.all()))
         if not self.whole:
             self._divide(keep_BL, segments_BL)
 

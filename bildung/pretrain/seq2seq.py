@@ -40,8 +40,10 @@ from bildung.model.store import LanguageModel, write_model
 from bildung.pretrain.answering import METRICS, answers_to, scored
 from bildung.pretrain.birth import Birth, begin, set_aside
 from bildung.train.fit import mean_loss
+from bildung.train.loss import Objective
+from bildung.train.scheduled_sampling import NumberedBatches, ScheduledSampling
 from bildung.train.seq2seq import seq2seq as objective
-from bildung.train.training import check_ranges, run
+from bildung.train.training import Batches, check_ranges, run, steps_of
 
 HELD_AT_ONCE = 64  # rows of a batch on which the held-out loss is measured
 
@@ -56,6 +58,9 @@ class Settings(Birth):
     max_target: int | None = None  # tokens of a target; default: max_length
     batch_tokens: int | None = None  # batches of so many tokens, padding counted, of rows of one length; no batch_size
     label_smoothing: float = 0.0  # share of the target's weight that is spread over all tokens (the 2017 paper: 0.1)
+    # how the share of true tokens among what the decoder reads falls while it learns; the others are its own guesses
+    scheduled_sampling: Literal["none", "linear", "inverse_sigmoid"] = "none"
+    least_true: float = 0.5  # scheduled sampling: the share at the end
     test: str | None = None  # pairs to answer at the end; default: those held out
     answers: int = 500  # so many of them at most
     metrics: tuple[str, ...] = ("bleu", "chrf")  # of the answers: bleu chrf ter wer cer per exact_match
@@ -79,12 +84,13 @@ def seq2seq(source: Path, out: Path, settings: Settings, *, force: bool = False)
         examples, held = examples_of(lm, kept, settings), examples_of(lm, aside, settings) if aside else []
         pad_id = lm.tokenizer.pad_id
         held_batches = [pad_seq2seq(held[at : at + HELD_AT_ONCE], pad_id) for at in range(0, len(held), HELD_AT_ONCE)]
+        batches, learn = _learning(_batches(examples, settings, pad_id), settings)
         run(
             job,
             lm.model,
             settings,
-            _batches(examples, settings, pad_id),
-            partial(objective, smoothing=settings.label_smoothing),
+            batches,
+            learn,
             what=f"{len(examples)} {settings.objective}, {num_targets(one.target for one in examples):,} tokens",
             held_out=held_batches,
             notes=[*([f"{settings.data}: {report}"] if (report := texts.report()) else []), *examples.notes],
@@ -140,6 +146,15 @@ def _batches(
     if given.batch_tokens is not None:
         return Bucketed(examples, given.batch_tokens, given.seed, partial(pad_seq2seq, pad_id=pad_id, multiple=1))
     return Shuffled(examples, given.batch_size, given.seed, partial(pad_seq2seq, pad_id=pad_id))
+
+
+def _learning(batches: Batches, given: Settings) -> tuple[Batches, Objective]:
+    """Batches and objective: teacher forcing, or scheduled sampling over all of the steps."""
+    if given.scheduled_sampling == "none":
+        return batches, partial(objective, smoothing=given.label_smoothing)
+    steps = steps_of(given, batches.batches_per_epoch)
+    learn = ScheduledSampling(given.scheduled_sampling, steps, given.least_true, smoothing=given.label_smoothing)
+    return NumberedBatches(batches, given.micro_steps), learn
 
 
 def _answer(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from bildung.model.base import CausalLM
 from bildung.train.loss import LossSum
 from bildung.train.objectives import nll_at_targets
 from bildung.train.seq2seq import Givens, seq2seq
+from bildung.train.training import Batches
 
 Decay = Literal["linear", "inverse_sigmoid"]
 
@@ -57,12 +58,12 @@ class Numbered:
 class NumberedBatches:
     """Batches that know their step. micro_steps: batches of one step."""
 
-    batches: Any  # Shuffled or Bucketed
+    batches: Batches
     micro_steps: int = 1
 
     @property
     def batches_per_epoch(self) -> float:
-        return float(self.batches.batches_per_epoch)
+        return self.batches.batches_per_epoch
 
     def __call__(self, n: int) -> Numbered:
         return Numbered(self.batches(n), n // self.micro_steps)

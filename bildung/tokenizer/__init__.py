@@ -1,1 +1,1 @@
-"""Making and examining tokenizers; what a tokenizer is and does, and each algorithm step by step, lies in tokens/."""
+"""Learning, tracing and comparing tokenizers; the tokenizer itself, and each algorithm, lies in tokens/."""

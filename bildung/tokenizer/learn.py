@@ -226,7 +226,8 @@ class _Learner:
         trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         alphabet = sorted(self.characters)
         # Every letter both first in a word and inside one, and in this order: see the module's docstring.
-        alone = {c for c in alphabet if trained.pre_tokenizer.pre_tokenize_str(f"a{c}")[0][0] == "a"}  # punctuation
+        cut, normal = trained.pre_tokenizer.pre_tokenize_str, self.normalizer.normalize_str
+        alone = {c for c in alphabet if cut(normal(f"a{c}"))[0][0] == "a"}  # punctuation, Chinese: never inside a word
         inside = [f"##{letter}" for letter in alphabet if letter not in alone]
         size = self.room(len(alphabet) + len(inside), "letters (a and ##a are two)")
         trainer = trainers.WordPieceTrainer(

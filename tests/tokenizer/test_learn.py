@@ -163,6 +163,12 @@ def test_wordpiece_frames_sentences_as_bert_does(tmp_path: Path) -> None:
     assert pair.ids == [cls, a, sep, b, sep] and pair.type_ids == [0, 0, 0, 1, 1]
 
 
+def test_what_stands_alone_has_no_form_for_inside_a_word() -> None:
+    tokenizer = learn(["whale, 日本 ship"], Learning(algorithm="wordpiece", vocab_size=60)).tokenizer
+    vocabulary = tokenizer.backend.get_vocab()
+    assert {"##w", ",", "日"} <= set(vocabulary) and not {"##,", "##日"} & set(vocabulary)
+
+
 def test_special_tokens_by_role() -> None:
     specials = {"bos": "<|end|>", "eos": "<|end|>", "pad": "<|pad|>"}
     tokenizer = made("byte_bpe", specials=specials)

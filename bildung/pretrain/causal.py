@@ -39,6 +39,7 @@ from bildung.pretrain.tokenize import encode, held_out_texts
 from bildung.run.generate import generate
 from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.fit import mean_loss
+from bildung.train.loss import LossSum
 from bildung.train.objectives import clm
 from bildung.train.training import check_ranges, run, steps_of
 
@@ -49,6 +50,7 @@ SAMPLES = "samples.jsonl"
 class Settings(Birth):
     """Causal language modelling."""
 
+    label_smoothing: float = 0.0  # share of each target that is spread over all tokens, in training only
     augment: Augmentation = Augmentation()  # text changed anew in every epoch (data/augment.py)
     curriculum: tuple[int, ...] = ()  # shorter rows before those of max_length, each for an equal share of the steps
     sample_prompts: tuple[str, ...] = ()  # continued at every evaluation and at the end, for people to read
@@ -64,6 +66,8 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
     """
     source = Path(source)
     check_ranges(settings)
+    if not 0 <= settings.label_smoothing < 1:
+        raise SettingsError(f"label_smoothing = {settings.label_smoothing} was given; it must lie in [0, 1).")
     parts = mixture_of(settings.data)
 
     def work(job: Job) -> None:
@@ -80,7 +84,7 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
             lm.model,
             settings,
             _batches(folders, weights, settings, lm.tokenizer),
-            clm,
+            partial(_objective, smoothing=settings.label_smoothing),
             what=f"{sum(one.tokens for one in rows):,} tokens in rows of {settings.max_length}",
             held_out=held_batches,
             notes=[f"{one.left_out} tokens fill no whole row and are left out" for one in rows if one.left_out],
@@ -143,6 +147,11 @@ def _batches(folders: Sequence[Path], weights: Sequence[float], given: Settings,
     """Batches of the mixture, its text changed where that is asked for."""
     batch_at = _unchanged(folders, weights, given, tokenizer.pad_id)
     return AugmentedBatches(batch_at, tokenizer, given.augment, given.seed) if given.augment.is_on else batch_at
+
+
+def _objective(model: Any, batch: Batch, smoothing: float) -> LossSum:
+    """clm, smoothed only where it trains: held-out losses are those of the model."""
+    return clm(model, batch, smoothing if model.training else 0.0)
 
 
 def _unchanged(folders: Sequence[Path], weights: Sequence[float], given: Settings, pad_id: int | None) -> Any:

@@ -144,3 +144,30 @@ def test_mixtures_curricula_and_token_files(tokenizer_directory: Path, text: str
     again = causal(tokenizer_directory, tmp_path / "again", settings(text))
     # The same documents aside, the same rows: encoding beforehand changes nothing.
     assert plain.measured["held_out_bits_per_byte"] == again.measured["held_out_bits_per_byte"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"optimizer": "muon"},
+        {"optimizer": "adafactor"},
+        {"optimizer": "adamw_8bit"},
+        {"optimizer": "paged_adamw", "page_budget": 0.05},
+        {"weights": "kahan"},
+        {"l1": 1e-3, "gradient_noise": 1e-6, "neftune": 1.0, "label_smoothing": 0.1},
+        {"augment": {"share": 1.0, "drop": 0.1, "jostle": 1}},
+    ],
+    ids=str,
+)
+def test_every_optimizer_and_remedy_learns(
+    tokenizer_directory: Path, text: str, tmp_path: Path, given: dict[str, object]
+) -> None:
+    record = causal(tokenizer_directory, tmp_path / "model", settings(text, **given))
+    measured = record.measured
+    assert measured["held_out_bits_per_byte"] < 0.8 * measured["unigram_bits_per_byte"]
+    assert measured["optimizer_bytes"] > 0
+    if "page_budget" in given:
+        assert measured["optimizer_resident_bytes"] <= 50_000 < measured["optimizer_bytes"]
+    if "l1" in given:
+        weights = bildung.load(tmp_path / "model").model.model.layers[0].mlp.up_proj.weight()
+        assert (weights == 0).any()

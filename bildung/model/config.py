@@ -1,8 +1,6 @@
-"""What a model is made of, read from a Hugging Face config.json with every key accounted for.
+"""What a model is made of, read from a Hugging Face config.json with every key accounted for (see config_keys.py).
 
-A `config.json` is hostile until checked, and a key that is silently dropped is a wrong model. So a family
-*takes* the keys it honours from `ConfigKeys`, requires fixed values for the ones it does not implement, and
-`finish()` refuses whatever is left over. The raw dictionary is kept and written back on save.
+One flat dataclass describes every stack of Transformer blocks; the raw dictionary is kept and written back on save.
 """
 
 from __future__ import annotations
@@ -14,20 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bildung.core.errors import ConfigError, nearest
+from bildung.model.config_keys import ConfigKeys, is_size
 
 # The families this code can build: one file each in families/, named by config.json's `model_type`.
 MODEL_TYPES = tuple(sorted(p.stem for p in (Path(__file__).parent / "families").glob("*.py") if p.stem[0] != "_"))
-
-# Keys that say nothing about the numbers: bookkeeping of transformers, defaults of its generate() and its pipelines.
-INERT_KEYS = frozenset(
-    "architectures dtype torch_dtype transformers_version use_cache _name_or_path return_dict output_hidden_states "
-    "output_attentions chunk_size_feed_forward id2label label2id problem_type is_llama_config transformers.js_config "
-    "task_specific_params _model_name_or_path unk_token_id gradient_checkpointing output_past prefix _num_labels "
-    "max_length min_length do_sample temperature top_k top_p repetition_penalty no_repeat_ngram_size bad_words_ids "
-    "num_beams num_return_sequences length_penalty early_stopping forced_bos_token_id forced_eos_token_id "
-    "force_bos_token_to_be_generated save_step "
-    "unsloth_version unsloth_fixed _attn_implementation_autoset".split()
-)
 
 SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
@@ -160,7 +148,7 @@ class ModelConfig(BaseConfig):
         for name in SIZES:
             if name == "vocab_size" and self.kind == "vision":
                 continue  # images have no vocabulary
-            if not _is_size(value := getattr(self, name)):
+            if not is_size(value := getattr(self, name)):
                 raise ConfigError(f"config.json: {name} = {value!r}; it must be a positive whole number.")
         if self.num_hidden_layers > MAX_LAYERS:
             raise ConfigError(f"config.json: num_hidden_layers = {self.num_hidden_layers}; at most {MAX_LAYERS}.")
@@ -194,168 +182,6 @@ class ModelConfig(BaseConfig):
             raise ConfigError(
                 f"config.json: {len(self.windows)} attention windows for {self.num_hidden_layers} layers."
             )
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**31
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-class ConfigKeys:
-    """The keys of one config.json, ticked off as a family reads them."""
-
-    def __init__(self, raw: dict[str, Any]):
-        self.raw = raw
-        self.left = {k: v for k, v in raw.items() if k not in INERT_KEYS}
-        self.known: set[str] = set()
-
-    def take(self, name: str, *default: Any) -> Any:
-        """The value of `name` (null counts as absent); without a default the key is required."""
-        self.known.add(name)
-        value = self.left.pop(name, None)
-        if value is not None:
-            return value
-        if default:
-            return default[0]
-        raise ConfigError(
-            f"config.json of model_type {self.raw.get('model_type')!r} lacks the key {name!r}, which has no default."
-        )
-
-    def size(self, name: str, *default: int | None) -> Any:
-        """A positive whole number (or the default, which may be None)."""
-        value = self.take(name, *default)
-        if name in self.raw and self.raw[name] is not None and not _is_size(value):
-            raise ConfigError(f"config.json: {name} = {value!r}; it must be a positive whole number.")
-        return value
-
-    def number(self, name: str, *default: float) -> float:
-        """A finite number."""
-        value = self.take(name, *default)
-        if not _is_number(value):
-            raise ConfigError(f"config.json: {name} = {value!r}; it must be a number.")
-        return value
-
-    def flag(self, name: str, default: bool) -> bool:
-        """A boolean."""
-        value = self.take(name, default)
-        if not isinstance(value, bool):
-            raise ConfigError(f"config.json: {name} = {value!r}; it must be true or false.")
-        return value
-
-    def require(self, name: str, *allowed: Any) -> Any:
-        """`name` must be absent or one of `allowed`: other values change the numbers in a way not built here."""
-        value = self.take(name, allowed[0])
-        if value not in allowed:
-            raise ConfigError(
-                f"config.json: {name} = {value!r} is not supported; allowed: {', '.join(map(repr, allowed))}."
-            )
-        return value
-
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing."""
-        value = self.take(name, [])
-        ids = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-            raise ConfigError(f"config.json: {name} = {value!r}; it must be a token id or a list of token ids.")
-        return tuple(ids)
-
-    def architecture(self, *allowed: str) -> str:
-        """Which of transformers' classes wrote the file, so which heads lie in it; the first where none is named."""
-        given = self.raw.get("architectures") or [allowed[0]]
-        if not isinstance(given, list) or len(given) != 1 or given[0] not in allowed:
-            raise ConfigError(
-                f"config.json: architectures = {str(given)[:80]} is not known for model_type "
-                f"{self.raw.get('model_type')!r}; known: {', '.join(allowed)}."
-            )
-        return str(given[0])
-
-    def num_labels(self) -> int:
-        """How many classes a classification head tells apart: those that id2label names; transformers' default is 2."""
-        names = self.raw.get("id2label")
-        count = self.size("num_labels", 2 if names is None else len(names) if isinstance(names, dict) else 0)
-        if names is not None and (not isinstance(names, dict) or set(names) != {str(i) for i in range(len(names))}):
-            raise ConfigError(
-                f'config.json: id2label = {str(names)[:80]}; it must name the classes "0", "1" and so on.'
-            )
-        if not _is_size(count) or (names is not None and count != len(names)):
-            raise ConfigError(f"config.json: {count} classes, and id2label names {len(names or {})}; give one number.")
-        return int(count)
-
-    def special_tokens(self) -> dict[str, Any]:
-        """bos_token_id, eos_token_ids, pad_token_id."""
-        bos, pad = self.token_ids("bos_token_id"), self.token_ids("pad_token_id")
-        return {
-            "bos_token_id": bos[0] if bos else None,
-            "eos_token_ids": self.token_ids("eos_token_id"),
-            "pad_token_id": pad[0] if pad else None,
-        }
-
-    def finish(self) -> None:
-        """Refuse what nobody took."""
-        # A null is transformers' way to write "not set".
-        unknown = {k: v for k, v in self.left.items() if v is not None}
-        if unknown:
-            name, value = next(iter(unknown.items()))
-            raise ConfigError(
-                f"config.json: unknown key {name!r} = {str(value)[:80]!r} for model_type "
-                f"{self.raw.get('model_type')!r} ({len(unknown)} unknown: {', '.join(sorted(unknown))}). "
-                f"Ignoring it could silently change the model. {nearest(name, self.known)}".strip()
-            )
-
-
-def per_head(hidden_size: int, heads: int) -> int:
-    """The width of a head where config.json does not give it. Raises ConfigError when the heads do not divide."""
-    if hidden_size % heads:
-        raise ConfigError(
-            f"config.json: hidden_size = {hidden_size} does not divide into {heads} attention heads; take a number of "
-            f"heads that divides it, or, where the family has the key, say head_dim."
-        )
-    return hidden_size // heads
-
-
-def rope_from(keys: ConfigKeys) -> Rope:
-    """RoPE settings from either form: transformers 5 `rope_parameters`, or `rope_theta` + `rope_scaling` before it."""
-    theta = keys.number("rope_theta", 10000.0)
-    new, old = keys.take("rope_parameters", {}), keys.take("rope_scaling", {})
-    if not isinstance(given := new or old, dict):
-        raise ConfigError(f"config.json: RoPE settings {str(given)[:80]!r} are not a JSON object.")
-    given = dict(given)
-    theta = given.pop("rope_theta", theta)
-    if not _is_number(theta) or theta <= 0:
-        raise ConfigError(f"config.json: rope_theta = {theta!r}; it must be a positive number.")
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    if not isinstance(kind, str) or kind not in ROPE_KINDS:
-        raise ConfigError(f"config.json: RoPE scaling {kind!r} is not supported; allowed: {', '.join(ROPE_KINDS)}.")
-    needed, optional = ROPE_KINDS[kind]
-    rope: dict[str, Any] = {}
-    if "original_max_position_embeddings" in (*needed, *optional):
-        rope["original_max_position_embeddings"] = keys.raw.get("max_position_embeddings")
-    for name in (*needed, *optional):
-        value = given.pop(name, None)
-        if value is None and name in optional:
-            continue
-        if not _is_number(value) or value <= 0:
-            raise ConfigError(f"config.json: RoPE scaling {kind!r} needs a positive {name}; it is {value!r}.")
-        rope[name] = value
-    given = {k: v for k, v in given.items() if v is not None and not (k == "factor" and v == 1.0)}
-    if given:
-        raise ConfigError(f"config.json: RoPE scaling {kind!r} does not know {', '.join(sorted(given))}.")
-    return Rope(theta=float(theta), kind=kind, **rope)
-
-
-# Kind of RoPE scaling -> the numbers it needs, and those it may have (the original context is the config's otherwise).
-ROPE_KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "ntk": (("factor",), ()),
-    "dynamic": (("factor",), ("original_max_position_embeddings",)),
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
-    "yarn": (("factor",), ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")),
-}
 
 
 # Close relatives of what is read, with the reason why they are not.

@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from bildung.core.errors import ConfigError
-from bildung.model.config import ConfigKeys, ModelConfig
+from bildung.model.config import ModelConfig
+from bildung.model.config_keys import ConfigKeys
 
 
 @dataclass(frozen=True)

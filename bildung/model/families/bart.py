@@ -11,7 +11,8 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from bildung.model.config import ConfigKeys, ModelConfig, per_head
+from bildung.model.config import ModelConfig
+from bildung.model.config_keys import ConfigKeys, per_head
 from bildung.model.names import Names
 
 REPEATED = (

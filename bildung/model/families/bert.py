@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from bildung.model.config import ConfigKeys, ModelConfig, per_head
+from bildung.model.config import ModelConfig
+from bildung.model.config_keys import ConfigKeys, per_head
 from bildung.model.encoder_files import EncoderFiles
 from bildung.model.names import Names
 

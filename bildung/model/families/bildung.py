@@ -27,7 +27,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from bildung.core.errors import ConfigError, nearest
-from bildung.model.config import BaseConfig, ConfigKeys, ModelConfig, Rope, per_head
+from bildung.model.config import BaseConfig, ModelConfig, Rope
+from bildung.model.config_keys import ConfigKeys, per_head
 
 # Fields that belong to other kinds of model, or are written under Hugging Face's word.
 ELSEWHERE = set(

@@ -7,7 +7,8 @@ ones are made for 518 px and used at 224, so their positions are stretched nearl
 
 from __future__ import annotations
 
-from bildung.model.config import ConfigKeys, ImageShape, ModelConfig
+from bildung.model.config import ImageShape, ModelConfig
+from bildung.model.config_keys import ConfigKeys
 from bildung.model.families import vit
 from bildung.model.names import Names, Stored
 

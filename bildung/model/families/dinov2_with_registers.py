@@ -7,7 +7,8 @@ positions are stretched with antialiasing, in plain DINOv2 without: the two diff
 
 from __future__ import annotations
 
-from bildung.model.config import ConfigKeys, ModelConfig
+from bildung.model.config import ModelConfig
+from bildung.model.config_keys import ConfigKeys
 from bildung.model.families import dinov2, vit
 
 names, MODULES = dinov2.names, dinov2.MODULES

@@ -10,8 +10,10 @@ transformers' `attn_logit_softcapping` is refused unless null: it reads the key 
 from __future__ import annotations
 
 from bildung.core.errors import ConfigError
-from bildung.model.config import ConfigKeys, ModelConfig, Rope, rope_from
+from bildung.model.config import ModelConfig, Rope
+from bildung.model.config_keys import ConfigKeys
 from bildung.model.names import Names
+from bildung.model.rope_keys import rope_from
 
 ARCHITECTURE = "Gemma3ForCausalLM"
 KINDS = ("sliding_attention", "full_attention")

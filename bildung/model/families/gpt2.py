@@ -6,7 +6,8 @@ ones, the published checkpoints among them, lack the `transformer.` before each 
 
 from __future__ import annotations
 
-from bildung.model.config import ConfigKeys, ModelConfig, per_head
+from bildung.model.config import ModelConfig
+from bildung.model.config_keys import ConfigKeys, per_head
 from bildung.model.names import Names, Stored
 
 ARCHITECTURE = "GPT2LMHeadModel"

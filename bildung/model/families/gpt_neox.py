@@ -11,8 +11,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bildung.core.errors import ConfigError
-from bildung.model.config import ConfigKeys, ModelConfig, Rope, per_head, rope_from
+from bildung.model.config import ModelConfig, Rope
+from bildung.model.config_keys import ConfigKeys, per_head
 from bildung.model.names import Names, Stored
+from bildung.model.rope_keys import rope_from
 
 ARCHITECTURE = "GPTNeoXForCausalLM"
 REPEATED = ("*.attention.bias", "*.attention.masked_bias", "embed_out.weight")  # the mask as a buffer; a tied matrix

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bildung.model.config import ConfigKeys, ModelConfig, per_head, rope_from
+from bildung.model.config import ModelConfig
+from bildung.model.config_keys import ConfigKeys, per_head
+from bildung.model.rope_keys import rope_from
 
 ARCHITECTURE = "LlamaForCausalLM"
 

@@ -6,7 +6,8 @@ of the vector, all cosines in the second. The decoder starts from the padding to
 
 from __future__ import annotations
 
-from bildung.model.config import ConfigKeys, ModelConfig
+from bildung.model.config import ModelConfig
+from bildung.model.config_keys import ConfigKeys
 from bildung.model.families import bart
 from bildung.model.families.bart import names
 

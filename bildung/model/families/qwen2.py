@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bildung.core.errors import ConfigError
-from bildung.model.config import ConfigKeys, ModelConfig
+from bildung.model.config import ModelConfig
+from bildung.model.config_keys import ConfigKeys
 from bildung.model.families.llama import decoder_keys
 
 ARCHITECTURE = "Qwen2ForCausalLM"

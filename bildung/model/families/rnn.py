@@ -20,7 +20,7 @@ rows per gate in torch's order, i f g o and r z n; biases), model.out_proj, lm_h
 
 from __future__ import annotations
 
-from bildung.model.config import ConfigKeys
+from bildung.model.config_keys import ConfigKeys
 from bildung.model.rnn import RecurrentConfig
 
 ARCHITECTURE = "RecurrentLM"

@@ -25,7 +25,7 @@ likewise, decoder.cross.{key,query,v}_proj, decoder.combine, decoder.out_proj; l
 from __future__ import annotations
 
 from bildung.core.errors import ConfigError
-from bildung.model.config import ConfigKeys
+from bildung.model.config_keys import ConfigKeys
 from bildung.model.seq2seq import Seq2SeqConfig
 
 ARCHITECTURE = "RecurrentSeq2Seq"

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from bildung.core.errors import ConfigError
-from bildung.model.config import ConfigKeys, ModelConfig
+from bildung.model.config import ModelConfig
+from bildung.model.config_keys import ConfigKeys
 from bildung.model.encoder_files import EncoderFiles
 from bildung.model.families.bert import body_names, encoder_keys
 from bildung.model.names import Names

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import ConfigError
-from bildung.model.config import ConfigKeys, ModelConfig
+from bildung.model.config import ModelConfig
+from bildung.model.config_keys import ConfigKeys
 from bildung.model.names import Names
 
 ARCHITECTURE = "T5ForConditionalGeneration"

@@ -25,7 +25,8 @@ import math
 from dataclasses import replace
 
 from bildung.core.errors import ConfigError
-from bildung.model.config import ConfigKeys, ModelConfig, per_head
+from bildung.model.config import ModelConfig
+from bildung.model.config_keys import ConfigKeys, per_head
 
 ARCHITECTURE = "Transformer"
 

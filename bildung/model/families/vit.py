@@ -14,7 +14,8 @@ from collections.abc import Container
 from typing import Any
 
 from bildung.core.errors import ConfigError
-from bildung.model.config import ConfigKeys, ImageShape, ModelConfig, per_head
+from bildung.model.config import ImageShape, ModelConfig
+from bildung.model.config_keys import ConfigKeys, per_head
 from bildung.model.names import Names, Stored
 
 QKV = ("query", "key", "value")

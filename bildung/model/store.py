@@ -219,6 +219,8 @@ def write_model(lm: LanguageModel, directory: Path) -> None:
     dtype = str(lm.model.weight_dtype).removeprefix("torch.")
     raw = {k: v for k, v in lm.config.raw.items() if k not in ("torch_dtype", "quantization_config")}
     raw |= {"dtype": dtype, "architectures": [names.architecture(lm.config)]}
+    if (start := getattr(lm.config, "decoder_start_token_id", None)) is not None:
+        raw["decoder_start_token_id"] = start  # a default of ours is not always that of others
     if (described := quantized_file.described(lm.model, DTYPES[dtype])) is not None:
         raw["quantization_config"] = described
     (directory / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import bildung
 from bildung.core.errors import DataError, SettingsError, TokenizerError
@@ -151,13 +152,20 @@ def test_prose_is_pretraining_too(objective: str, tmp_path: Path) -> None:
         "num_layers": 1,
         "num_heads": 4,
         "dropout_rate": 0.0,
-        "decoder_start_token_id": tokenizer.pad_id,
     }
     given = settings(data, objective=objective, model=model, max_length=32, steps=120, evaluate_every=60)
     record = seq2seq(tmp_path / "words", tmp_path / "out", given)
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert record.measured["held_out_nats_per_token"] < 0.5 * rows[0]["held_out_loss"]
     assert "answered" not in record.measured
+    peer = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    source = torch.tensor([[3, 4, 5, tokenizer.eos_id]])
+    written = peer.generate(source, max_new_tokens=5, do_sample=False)[0].tolist()
+    assert written[0] == tokenizer.pad_id, "it knows what to decode from"
+    with torch.no_grad():
+        ours = bildung.load(tmp_path / "out").model(source, torch.tensor([written]))
+        theirs = peer(input_ids=source, decoder_input_ids=torch.tensor([written])).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_killed_and_run_again_is_the_same_model(words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ out: o
 life:
   - as: a
     do: adopt
-    from: x
+    from: "pypi:x==1"
     with: &a {rate: 1, sizes: &sizes {wide: 2, deep: 3}}
   - {as: b, do: adopt, with: &b {<<: *a, sizes: {<<: *sizes, deep: 4}}}
   - {as: c, do: adopt, with: {<<: *b, rate: 5}}

@@ -154,7 +154,7 @@ def test_mixtures_curricula_and_token_files(tokenizer_directory: Path, text: str
         {"optimizer": "adamw_8bit"},
         {"optimizer": "paged_adamw", "page_budget": 0.05},
         {"weights": "kahan"},
-        {"l1": 1e-3, "gradient_noise": 1e-6, "neftune": 1.0, "label_smoothing": 0.1},
+        {"l1": 0.3, "gradient_noise": 1e-6, "neftune": 1.0, "label_smoothing": 0.1},
         {"augment": {"share": 1.0, "drop": 0.1, "jostle": 1}},
     ],
     ids=str,

@@ -121,7 +121,7 @@ def fit(
                 row |= look(history.steps)
             history.seconds = row["seconds"] = earlier + time.monotonic() - start
             log.add(row)
-            if said := newly_overfitting(history.rows):
+            if ranks.rank() == 0 and (said := newly_overfitting(history.rows)):
                 print(f"{title}: {said}", file=sys.stderr)
             bar.advance(1, tokens=row["tokens"], loss=row["loss"])
             if ctrl_c.pressed:

@@ -1,4 +1,4 @@
-"""What each rank of test_parallel_optimizers.py runs: three steps with each optimizer that ranks may share; rank 0 saves."""
+"""What each rank of test_parallel_optimizers.py runs: some steps with each optimizer that ranks share; rank 0 saves."""
 
 from __future__ import annotations
 

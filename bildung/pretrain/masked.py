@@ -46,6 +46,7 @@ HEADS = {"mlm": ("mlm",), "mlm+nsp": ("pooler", "mlm", "nsp"), "mlm+sop": ("pool
 class Settings(Birth):
     """Masked-language modelling."""
 
+    document_rows: int = 1  # so many rows in a row are one document: more than one where rows are verses or lines
     objective: Literal["mlm", "mlm+nsp", "mlm+sop"] = (
         "mlm+nsp"  # alone, with next-sentence or sentence-order prediction
     )
@@ -82,7 +83,7 @@ def masked(source: Path, out: Path, settings: Settings, *, force: bool = False) 
                 f"max_length = {settings.max_length}; the model has {lm.config.max_position_embeddings} positions."
             )
         texts = documents(settings.data, limit=settings.limit)
-        kept, aside = set_aside(list(texts), settings.held_out, settings.seed)
+        kept, aside = set_aside(joined(list(texts), settings.document_rows), settings.held_out, settings.seed)
         masker = Masker(lm.tokenizer, settings.share, whole_words=settings.whole_words)
         train = rows_of(lm.tokenizer, kept, settings, settings.copies)
         held = rows_of(lm.tokenizer, aside, settings, 1) if aside else []
@@ -119,8 +120,9 @@ def check(settings: Settings) -> None:
     for name, low, high in (("share", 0.0, 1.0), ("short", -1e-9, 1.0)):
         if not low < getattr(settings, name) < high:
             raise SettingsError(f"{name} = {getattr(settings, name)} was given; it must lie between 0 and 1.")
-    if settings.copies < 1:
-        raise SettingsError(f"copies = {settings.copies} was given; at least 1.")
+    for name in ("copies", "document_rows"):
+        if getattr(settings, name) < 1:
+            raise SettingsError(f"{name} = {getattr(settings, name)} was given; at least 1.")
     if settings.held_out == 1 and settings.objective == "mlm+nsp":
         raise SettingsError("held_out = 1 was given; random sentences come from another document: give 0 or 2.")
     if settings.pack and settings.objective != "mlm":
@@ -138,6 +140,11 @@ def with_class(settings: Settings) -> Settings:
         raise DataError(f"a {keys.get('model_type')} is no encoder; masked-language modelling needs one, such as bert.")
     keys["architectures"] = [files.class_with(HEADS[settings.objective])]
     return replace(settings, model=json.dumps(keys))
+
+
+def joined(texts: Sequence[str], rows: int) -> list[str]:
+    """Documents of so many texts each."""
+    return [" ".join(texts[start : start + rows]) for start in range(0, len(texts), rows)]
 
 
 def rows_of(tokenizer: Tokenizer, texts: Sequence[str], given: Settings, copies: int) -> list[list[Sentences]]:

@@ -14,7 +14,7 @@ import bildung
 from bildung.core.errors import BildungError, DataError, SettingsError
 from bildung.core.record import Record
 from bildung.core.settings import resolve
-from bildung.pretrain.masked import Settings, masked
+from bildung.pretrain.masked import Settings, joined, masked
 from tests.model.tiny_encoder import CONFIG, wordpiece
 
 
@@ -74,6 +74,12 @@ def test_other_objectives(
     assert ("nsp_accuracy" in record.measured) == (len(heads) == 3)
 
 
+def test_rows_that_are_verses(words: Path, text: str, tmp_path: Path) -> None:
+    record = masked(words, tmp_path / "out", given(text, document_rows=4, held_out=2, steps=1))
+    assert record.measured["documents"] == 8, "40 rows are 10 documents, of which 2 are set aside"
+    assert joined(["a", "b", "c"], 2) == ["a b", "c"]
+
+
 def test_training_goes_on_from_a_model(words: Path, text: str, tmp_path: Path) -> None:
     first = masked(words, tmp_path / "one", given(text, steps=20))
     second = masked(tmp_path / "one", tmp_path / "two", given(text, model=None))
@@ -115,6 +121,7 @@ def refused(words: Path, text: str, out: Path, change: dict[str, Any], error: ty
     [
         ({"share": 0.0}, SettingsError, "share = 0.0"),
         ({"share": 1.5}, SettingsError, "share = 1.5"),
+        ({"document_rows": 0}, SettingsError, "document_rows = 0"),
         ({"copies": 0}, SettingsError, "copies = 0"),
         ({"held_out": 1}, SettingsError, "held_out = 1"),
         ({"pack": True}, SettingsError, "pack is for mlm alone"),

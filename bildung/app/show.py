@@ -31,7 +31,8 @@ PICTURES = (".png", ".svg", ".pdf")
 @settings
 class Command:
     source: tyro.conf.Positional[Path]  # a model or adapter directory, a .gguf file, or a config.json alone
-    length: int = 1024  # tokens of the row that is counted (of a model of images: as many as its patches make)
+    # tokens of the row that is counted; default: 1024, or as many as a learned table has (of images: their patches)
+    length: int | None = None
     source_length: int | None = None  # tokens of an encoder-decoder's source; default: as many
     picture: Path | None = None  # draw it into this file: .png, .svg or .pdf
     sites: bool = False  # list the activation sites too
@@ -41,7 +42,7 @@ def command(settings: Command) -> None:
     """`bildung show SOURCE`."""
     from bildung.app.show_picture import draw  # here, not above: `bildung --help` must not wait for torch
 
-    if settings.length < 1 or (settings.source_length or 1) < 1:
+    if any(given is not None and given < 1 for given in (settings.length, settings.source_length)):
         raise SettingsError("length and source_length must be at least 1.")
     if settings.picture is not None and settings.picture.suffix not in PICTURES:
         raise SettingsError(f"--picture {settings.picture}: a picture ends in {', '.join(PICTURES)}.")
@@ -77,7 +78,7 @@ class Shown:
         return self.model.config
 
 
-def look_at(source: Path, length: int, source_length: int | None = None) -> Shown:
+def look_at(source: Path, length: int | None = None, source_length: int | None = None) -> Shown:
     """Load what is there, or build it on paper from a configuration. Raises ModelFileError."""
     import bildung
     from bildung.model.adapter_file import CONFIG
@@ -99,7 +100,11 @@ def look_at(source: Path, length: int, source_length: int | None = None) -> Show
         if not isinstance(raw, dict):
             raise ConfigError(f"{source} holds a {type(raw).__name__}; a JSON object is expected.")
         model = on_paper(from_dict(raw))
-    name = source.resolve().parent.name if source.suffix == ".json" else source.resolve().name
+    place = source.resolve()
+    name = place.parent.name if place.name == "config.json" else place.stem if place.suffix == ".json" else place.name
+    if length is None:
+        ends = getattr(model.config, "positions", "") == "learned"
+        length = min(1024, model.config.max_position_embeddings) if ends else 1024
     return Shown(name, model, count(model, length, source_length), length, alone)
 
 

@@ -86,34 +86,28 @@ class Column:
             linewidth=1,
         )
         self.axes.add_patch(frame)
-        self.text(self.x + WIDTH / 2 + 0.35, top - 0.25, self.stack.repeated, 10, INK, ha="right")
+        self.text(self.x + WIDTH / 2 + 0.35, bottom + 0.19, self.stack.repeated, 9, INK, ha="right")
         self.y += 0.2 * STEP
         for box in self.stack.above:
             self.box(box)
-        self.arrow(self.y - 0.52, self.y - 0.1)
+        if self.stack.heads:
+            self.side_by_side(self.stack.heads)
+        else:
+            self.arrow(self.y - 0.52, self.y - 0.1)
         return self.y
 
     def sublayer(self, branches: list[list[Box]], behind: list[Box]) -> None:
         """Boxes beside the stream, the addition, and what stands on the stream behind it."""
-        if not self.stack.residual:
-            for box in branches[0]:
-                self.box(box)
-            return
         start, left = self.y - 0.44, self.x - WIDTH / 2 - 0.22
-        tall, gap = max(map(len, branches)), 0.12
-        width = (WIDTH - gap * (len(branches) - 1)) / len(branches)
-        places = [self.x + (index - (len(branches) - 1) / 2) * (width + gap) for index in range(len(branches))]
-        self.line((left, start), (max(places), start))
-        self.line((self.x, start - 0.16), (self.x, start))
-        for x, boxes in zip(places, branches, strict=True):
-            for step, box in enumerate(boxes):
-                self.box(box, at=(x, self.y + step * STEP), width=width)
-                if "encoder" in box.word:
-                    self.stack.cross_at = self.y + step * STEP
-            self.line((x, self.y + (len(boxes) - 1) * STEP + 0.26), (x, self.y + tall * STEP - 0.32))
-        self.y += tall * STEP - 0.12
-        self.line((left, start), (left, self.y), (self.x - 0.13, self.y))
+        places = self.side_by_side(branches, arrows=False)
+        self.y -= 0.12
         self.line((min(places), self.y - 0.2), (max(places), self.y - 0.2))
+        if not self.stack.residual:
+            self.line((self.x, self.y - 0.2), (self.x, self.y + 0.3))
+            self.y += 0.6
+            return
+        self.line((left, start), (self.x, start))
+        self.line((left, start), (left, self.y), (self.x - 0.13, self.y))
         self.line((self.x, self.y - 0.2), (self.x, self.y))
         circle = {"boxstyle": "circle,pad=0.12", "facecolor": "white", "edgecolor": INK, "linewidth": 0.8}
         self.axes.text(self.x, self.y, "+", ha="center", va="center", fontsize=9, color=INK, family=FONT, bbox=circle)
@@ -121,6 +115,26 @@ class Column:
         self.y += STEP
         for box in behind:
             self.box(box)
+
+    def side_by_side(self, chains: list[list[Box]], arrows: bool = True) -> list[float]:
+        """Chains of boxes that start from the stream; returns where they stand. arrows: they end in one each."""
+        start, tall, gap = self.y - 0.44, max(map(len, chains)), 0.12
+        width = (WIDTH - gap * (len(chains) - 1)) / len(chains)
+        places = [self.x + (index - (len(chains) - 1) / 2) * (width + gap) for index in range(len(chains))]
+        self.line((min(places), start), (max(places), start))
+        self.line((self.x, start - 0.16), (self.x, start))
+        for x, boxes in zip(places, chains, strict=True):
+            for step, box in enumerate(boxes):
+                self.box(box, at=(x, self.y + step * STEP), width=width)
+                if "encoder" in box.word:
+                    self.stack.cross_at = self.y + step * STEP
+            top = self.y + (len(boxes) - 1) * STEP + 0.26
+            if arrows:
+                self.arrow(top, top + 0.4, x)
+            else:
+                self.line((x, top), (x, self.y + tall * STEP - 0.32))
+        self.y += tall * STEP
+        return places
 
     def box(self, box: Box, at: tuple[float, float] | None = None, width: float = WIDTH) -> None:
         """A box centred at (x, y), with an arrow into it from below."""
@@ -131,8 +145,10 @@ class Column:
         )  # fmt: skip
         self.arrow(y - 0.52, y - 0.27, x)
         self.axes.add_patch(patch)
-        if width < WIDTH and box.note:  # half as wide: the second half of the note is on its own
-            self.text(x, y, f"{box.word.split(',')[0]}\n{box.note.split('   ')[-1]}", 5.6, INK)
+        if width < WIDTH:  # there is room for half of the words
+            word = box.word if len(box.word) <= 20 else box.word.split(",")[0]
+            note = box.note.split("   ")[-1].split(", ")[0]
+            self.text(x, y, f"{word}\n{note}" if note else word, 5.8, INK)
         elif box.note:
             self.text(x, y + 0.1, box.word, 7, INK)
             self.text(x, y - 0.12, box.note, 5.4, MUTED)

@@ -25,13 +25,14 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from bildung.model.alignment import Alignment
 from bildung.model.attention import Attention, CrossAttention
 from bildung.model.base import Model
 from bildung.model.build import make
 from bildung.model.config import BaseConfig
 from bildung.model.linear import Linear
 
-ONE_VECTOR = ("pooler", "nsp_head", "classifier")  # read the first token's state, or a pooled one
+ONE_VECTOR = ("pooler", "nsp_head", "classifier", "bridge")  # read one state, or a pooled one
 SUBLAYERS = {"self_attn": "attn", "cross_attn": "cross", "mlp": "mlp"}
 LEAVES = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "out", "sinks_N": "scores"}
 LAYER = re.compile(r"^(?:model\.|(encoder\.|decoder\.))?layers\.(\d+)\.(.+)$")
@@ -72,6 +73,8 @@ def count(model: Model, length: int, source_length: int | None = None) -> list[P
             if path.endswith("attn.o_proj"):
                 _add_attention(parts, path, model, tokens)
             _add_linear(parts.setdefault(part_of(path), Part(part_of(path))), path, module, tokens, seen)
+        elif isinstance(module, Alignment):
+            _add_alignment(parts, path, module, tokens)
         elif not path.endswith(".base"):
             for leaf, parameter in module.named_parameters(recurse=False):
                 if id(parameter) not in seen:
@@ -107,7 +110,9 @@ class Tokens:
             return 1
         if self.config.kind == "vision":
             return self.patches if "patch_embed" in path else self.queries(path)
-        if path.startswith("encoder.") or re.search(r"cross_attn\.[kv]_proj$", path):
+        if path.endswith("cross.v_proj"):  # of additive attention: a number for every pair
+            return self.length * self.source
+        if path.startswith("encoder.") or re.search(r"cross_attn\.[kv]_proj$|cross\.key_proj$", path):
             return self.source
         return self.length
 
@@ -172,6 +177,14 @@ def _add_attention(parts: dict[str, Part], path: str, model: Model, tokens: Toke
         part = parts.setdefault(name, Part(name))
         part.shape = f"{inner // module.head_dim} heads × {module.head_dim}"
         part.multiply_adds += pairs * inner
+
+
+def _add_alignment(parts: dict[str, Part], path: str, module: Alignment, tokens: Tokens) -> None:
+    """The attention of a recurrent decoder: one head, over the states themselves."""
+    pairs, config = tokens.length * tokens.source, tokens.config
+    if module.v_proj is None:
+        parts[f"{path}.scores"] = Part(f"{path}.scores", f"1 × {config.hidden_size}", 0, 0, pairs * config.hidden_size)
+    parts[f"{path}.mixing"] = Part(f"{path}.mixing", f"1 × {config.memory_size}", 0, 0, pairs * config.memory_size)
 
 
 def _shape(parameter: nn.Parameter) -> str:

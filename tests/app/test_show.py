@@ -12,6 +12,7 @@ import torch
 import bildung
 from bildung.app.cli import run
 from bildung.app.show import look_at, spans
+from bildung.app.show_picture import draw
 from bildung.app.show_stacks import stacks_of
 from bildung.core.errors import ConfigError, SettingsError
 from bildung.model.linear import LowRank, replace_stores
@@ -99,7 +100,31 @@ def test_an_encoder_decoder_has_two_columns(tmp_path: Path) -> None:
     path.write_text(json.dumps({"model_type": "t5", "num_layers": 2, "eos_token_id": 1}))
     encoder, decoder = stacks_of(look_at(path, 8))
     assert len(encoder.sublayers) == 2 and len(decoder.sublayers) == 3
-    assert not any(box.word == "unembedding" for box in encoder.above)
+    assert not encoder.heads and [[box.word for box in chain] for chain in decoder.heads] == [["unembedding"]]
+
+
+def test_heads_stand_side_by_side(tmp_path: Path) -> None:
+    path = tmp_path / "bert.json"
+    path.write_text(json.dumps({"model_type": "bert", "architectures": ["BertForPreTraining"]}))
+    shown = look_at(path)
+    assert shown.length == 512  # the end of its table
+    (stack,) = stacks_of(shown)
+    words = [[box.word for box in chain] for chain in stack.heads]
+    assert words == [["pooler", "next sentence?"], ["transform", "unembedding"]]
+
+
+@pytest.mark.parametrize("attention", ["bahdanau", "dot", "none"])
+def test_recurrent_models_are_drawn_layer_by_layer(attention: str, tmp_path: Path) -> None:
+    """Bahdanau's decoder looks at the source before its step, Luong's after it."""
+    path = tmp_path / "seq2seq.json"
+    raw = dict(model_type="rnn_seq2seq", vocab_size=50, hidden_size=16, eos_token_id=1, attention=attention)
+    path.write_text(json.dumps(raw))
+    encoder, decoder = stacks_of(look_at(path))
+    assert [[box.word for box in branch] for branch in encoder.sublayers[0][0]] == [["GRU, forward"], ["GRU, backward"]]
+    inner = [branches[0][0].word for branches, _ in decoder.sublayers]
+    expected = {"bahdanau": ["attention to the encoder", "GRU, layer 0"], "none": ["GRU, layer 0"]}
+    assert inner == expected.get(attention, ["GRU, layer 0", "attention to the encoder"])
+    draw(look_at(path), tmp_path / "seq2seq.png")
 
 
 def test_mistakes_are_said(gpt2: Path, tmp_path: Path) -> None:

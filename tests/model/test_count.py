@@ -57,6 +57,14 @@ RAW: dict[str, dict[str, Any]] = {
         architectures=["BertForPreTraining"],
     ),
     "t5": dict(vocab_size=101, d_model=48, d_kv=10, d_ff=80, num_layers=2, num_heads=3, eos_token_id=1),
+    "rnn": dict(vocab_size=101, cell="rnn", hidden_size=48, embedding_size=40, num_hidden_layers=2),
+    **{
+        f"rnn_seq2seq {attention}": dict(
+            vocab_size=101, hidden_size=48, embedding_size=40, encoder_size=20, attention=attention, bos_token_id=1,
+            eos_token_id=2, cell="rnn",
+        )
+        for attention in ("none", "bahdanau", "general", "concat")
+    },
     "vit": dict(
         hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80, image_size=12, patch_size=4
     ),
@@ -66,10 +74,12 @@ RAW: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", RAW)
 def test_against_torchs_own_counter(family: str) -> None:
     """torch counts two per multiply-add, and attention's products only where they are products: the explicit path."""
-    model = build(from_dict({"model_type": family, **RAW[family]})).eval()
+    model = build(from_dict({"model_type": family.split()[0], **RAW[family]})).eval()
     ids = torch.randint(0, 101, (1, 13))
     inputs = {"t5": (ids[:, :7], ids), "vit": (torch.zeros(1, 3, 12, 12),)}.get(family, (ids,))
-    explicit = {site: lambda x: None for site in model.sites if site.endswith("scores")}
+    inputs = (ids[:, :7], ids) if "seq2seq" in family else inputs
+    # A listener makes attention, and a recurrence, take the path that is written out in products.
+    explicit = {site: lambda x: None for site in model.sites if site.endswith(("scores", "state"))}
     with FlopCounterMode(display=False) as counter, torch.no_grad(), intervene(model, explicit):
         h = model.hidden(*inputs) if family == "vit" else model(*inputs)
         if family == "vit":

@@ -134,14 +134,12 @@ def replace(model: Decoder, names: list[str], method: str) -> float:
 
 
 def compare(original: LanguageModel, quantized: LanguageModel, settings: Settings) -> dict[str, Any]:
-    """Perplexity before and after, KL(original || quantized) and the share of equal top tokens, on real text."""
+    """Perplexity before and after, KL(original || quantized) and the share of equal top tokens, on real text; of an
+    encoder how far its states moved."""
     texts = [text[:CHARACTERS] for text in documents(settings.compare_on, limit=settings.compare_texts)]
     found: dict[str, Any] = dict(model_difference(original, quantized, texts, dtype=torch.float32))
-    return {
-        "perplexity_before": found.pop("perplexity_a"),
-        "perplexity_after": found.pop("perplexity_b"),
-        **found,
-    }
+    renamed = {"perplexity_a": "perplexity_before", "perplexity_b": "perplexity_after"}
+    return {renamed.get(name, name): value for name, value in found.items()}
 
 
 def bits_per_parameter(model: Decoder, names: list[str]) -> float:

@@ -23,6 +23,7 @@ from torch import Tensor
 from bildung.core.errors import DataError
 from bildung.evaluate.likelihood import batches, chunks, evaluating, rolling
 from bildung.evaluate.metrics import paired_difference
+from bildung.tokens.frames import encode_sentence, frame_of
 
 if TYPE_CHECKING:
     from bildung.model.base import CausalLM
@@ -116,8 +117,14 @@ def model_difference(
 
     a is the original (unquantized, unmerged) model: KL asks what b lost of it. Both must have the same vocabulary.
     The same model may be given twice, with an adapter of one switched by the caller. dtype: of the activations.
-    Raises DataError for different vocabularies or no text.
+    Encoders predict no next token: of them, state_error and tokens (see `encoder_difference`). A model of images reads
+    no text: tokens = 0. Raises DataError for different vocabularies or no text.
     """
+    if lm_a.config.kind == "vision":
+        return {"tokens": 0}
+    context = min(context, lm_a.config.max_position_embeddings)
+    if lm_a.config.kind == "encoder":
+        return encoder_difference(lm_a, lm_b, texts, context=context, dtype=dtype)
     if lm_a.config.vocab_size != lm_b.config.vocab_size:
         raise DataError(f"vocabularies of {lm_a.config.vocab_size} and {lm_b.config.vocab_size} tokens share no logits")
     pieces = [(number, piece) for number, text in enumerate(texts) for piece in rolling(lm_a.tokenizer, text, context)]
@@ -141,6 +148,22 @@ def model_difference(
         "perplexity_b": nll_b_N.double().mean().exp().item(),
         "tokens": len(kl_N),
     }
+
+
+def encoder_difference(
+    lm_a: LanguageModel, lm_b: LanguageModel, texts: Iterable[str], *, context: int, dtype: torch.dtype | None
+) -> dict[str, float]:
+    """How far b's last states are from a's: |h_a - h_b| / |h_a| over all tokens of `texts`, each cut to `context`."""
+    frame, lost, total, tokens = frame_of(lm_a.tokenizer), 0.0, 0.0, 0
+    with torch.no_grad(), evaluating(lm_a.model, dtype), evaluating(lm_b.model, dtype):
+        for text in texts:
+            tokens_1L = torch.tensor([encode_sentence(lm_a.tokenizer, frame, text, None, context).tokens])
+            h_a, h_b = (lm.model.hidden(tokens_1L.to(lm.model.device)).double().cpu() for lm in (lm_a, lm_b))
+            lost, total = lost + float((h_a - h_b).pow(2).sum()), total + float(h_a.pow(2).sum())
+            tokens += tokens_1L.shape[1]
+    if not tokens:
+        raise DataError("no text to compare the models on")
+    return {"state_error": math.sqrt(lost / total), "tokens": tokens}
 
 
 def _compare_batch(

@@ -17,6 +17,7 @@ from bildung.model.linear import Dense, LowRank
 from bildung.model.quantized import METHODS
 from bildung.model.store import LanguageModel
 from tests.conftest import CONFIG, tiny_tokenizer
+from tests.model.tiny_encoder import tiny_encoder
 
 both = pytest.mark.parametrize("method", METHODS)
 # bitsandbytes' CPU kernel is wrong where a row is no whole number of blocks of 64.
@@ -147,3 +148,14 @@ def test_running_again_does_nothing_and_other_settings_are_another_result(source
     assert quantize(source, out, Settings(method="int8", compare_texts=2)).started == record.started
     with pytest.raises(OutputError, match=r"settings\.method int8 -> nf4"):
         quantize(source, out, Settings(method="nf4", compare_texts=2))
+
+
+@pytest.mark.parametrize("method", ["int8", "nf4"])
+def test_an_encoder_keeps_its_heads_and_its_states_move_little(method, tmp_path):
+    source = bildung.save(tiny_encoder("BertForPreTraining", hidden_size=64, intermediate_size=128), tmp_path / "bert")
+    measured = quantize(source, tmp_path / method, Settings(method=method)).measured
+    assert 0 < measured["state_error"] < (0.01 if method == "int8" else 0.15) and measured["tokens"] > 0
+    assert "perplexity_before" not in measured
+    quantized = bildung.load(tmp_path / method)
+    assert quantized.config.heads == ("pooler", "mlm", "nsp")
+    assert quantized.model.hidden(torch.tensor([[2, 7, 8, 3]])).shape == (1, 4, 64)

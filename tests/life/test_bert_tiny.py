@@ -14,7 +14,7 @@ from bildung.core.record import read_record
 RECIPE = Path(bildung.__file__).parent.parent / "recipes" / "bert_tiny.yaml"
 SHORTER = {
     "words": {"vocab_size": 600},
-    "base": {"data": "mini:moby", "steps": 20, "batch_size": 16, "held_out": 2, "copies": 1},
+    "base": {"data": "mini:moby", "document_rows": 1, "steps": 20, "batch_size": 16, "held_out": 2, "copies": 1},
     "sentiment": {"data": "mini:sentiment", "test": "mini:sentiment", "steps": 15, "batch_size": 8, "max_length": 32},
 }
 

@@ -23,6 +23,10 @@ SIZES = (
 ).split()
 MAX_LAYERS = 4096  # many times the deepest model known; every layer is built before its tensors are looked for
 
+DROPOUTS = (
+    "embed_dropout attention_dropout residual_dropout activation_dropout final_dropout classifier_dropout drop_path"
+).split()
+
 Kind = Literal["decoder", "encoder", "encoder-decoder", "vision", "recurrent", "seq2seq"]
 
 
@@ -31,7 +35,7 @@ class Rope:
     """Rotary position embedding: base frequency and how it was stretched (see positions.rope_frequencies)."""
 
     theta: float = 10000.0
-    kind: str = "default"  # default, linear, ntk, dynamic, llama3, yarn
+    kind: Literal["default", "linear", "ntk", "dynamic", "llama3", "yarn"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -39,6 +43,11 @@ class Rope:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("theta", "factor", "original_max_position_embeddings"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"config.json: RoPE with {name} = {getattr(self, name)}; it must be positive.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +163,16 @@ class ModelConfig(BaseConfig):
             raise ConfigError(f"config.json: num_hidden_layers = {self.num_hidden_layers}; at most {MAX_LAYERS}.")
         if self.norm_eps < 0:
             raise ConfigError(f"config.json: the norm's eps = {self.norm_eps}; it must not be negative.")
+        if self.initializer_range < 0:
+            raise ConfigError(
+                f"config.json: weights would start with a standard deviation of {self.initializer_range}; it must not "
+                f"be negative."
+            )
+        if self.decoder_start_token_id is not None and self.decoder_start_token_id >= self.vocab_size:
+            raise ConfigError(
+                f"config.json: decoder_start_token_id = {self.decoder_start_token_id}, and the vocabulary has "
+                f"{self.vocab_size} tokens; decoding would start from a token that is none."
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"config.json: num_attention_heads = {self.num_attention_heads} is not a multiple of "
@@ -166,14 +185,7 @@ class ModelConfig(BaseConfig):
                 f"turns pairs, so an even number up to head_dim is needed and {rotated} is "
                 f"{'odd' if rotated % 2 else 'not one'}."
             )
-        for name in (
-            "embed_dropout",
-            "attention_dropout",
-            "residual_dropout",
-            "activation_dropout",
-            "final_dropout",
-            "drop_path",
-        ):
+        for name in DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"config.json: {name} = {getattr(self, name)}; it must lie in [0, 1).")
         if not self.windows:
@@ -199,7 +211,7 @@ def from_dict(raw: dict[str, Any]) -> ModelConfig:
     """
     model_type = raw.get("model_type")
     if model_type not in MODEL_TYPES:
-        hint = NOT_READ.get(str(model_type)) or nearest(str(model_type), MODEL_TYPES)
+        hint = NOT_READ.get(str(model_type)) or nearest(str(model_type).lower(), MODEL_TYPES)
         raise ConfigError(
             f"config.json: model_type = {model_type!r} is not known; known: {', '.join(MODEL_TYPES)}. {hint}".strip()
         )

@@ -10,16 +10,28 @@ from typing import Any
 
 from bildung.core.errors import ConfigError, nearest
 
-# Keys that say nothing about the numbers: bookkeeping of transformers, defaults of its generate() and its pipelines.
+# Keys that say nothing about the numbers: bookkeeping of transformers and sentence-transformers, defaults of generate()
+# and of pipelines.
 INERT_KEYS = frozenset(
     "architectures dtype torch_dtype transformers_version use_cache _name_or_path return_dict output_hidden_states "
     "output_attentions chunk_size_feed_forward id2label label2id problem_type is_llama_config transformers.js_config "
     "task_specific_params _model_name_or_path unk_token_id gradient_checkpointing output_past prefix _num_labels "
     "max_length min_length do_sample temperature top_k top_p repetition_penalty no_repeat_ngram_size bad_words_ids "
     "num_beams num_return_sequences length_penalty early_stopping forced_bos_token_id forced_eos_token_id "
-    "force_bos_token_to_be_generated save_step "
+    "num_beam_groups diversity_penalty typical_p encoder_no_repeat_ngram_size output_scores return_dict_in_generate "
+    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens eos_token_ids "
+    "force_bos_token_to_be_generated save_step finetuning_task tokenizer_class sep_token_id torchscript use_bfloat16 "
+    "xla_device tf_legacy_loss custom_pipelines sbert_ce_default_activation_function sentence_transformers "
     "unsloth_version unsloth_fixed _attn_implementation_autoset".split()
 )
+# What transformers before 5 may say of any model; at these values it changes nothing.
+IDLE_VALUES: dict[str, Any] = {
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "pruned_heads": {},
+}
 
 
 def is_size(value: Any) -> bool:
@@ -124,7 +136,9 @@ class ConfigKeys:
     def finish(self) -> None:
         """Refuse what nobody took."""
         # A null is transformers' way to write "not set".
-        unknown = {k: v for k, v in self.left.items() if v is not None}
+        unknown = {
+            k: v for k, v in self.left.items() if v is not None and not (k in IDLE_VALUES and v == IDLE_VALUES[k])
+        }
         if unknown:
             name, value = next(iter(unknown.items()))
             raise ConfigError(

@@ -125,11 +125,9 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def activation(name: str) -> Activation:
     """The function of that name in config.json. Raises ConfigError."""
-    if name not in ACTIVATIONS:
-        allowed = ", ".join(ACTIVATIONS)
-        raise ConfigError(
-            f"config.json: activation {name!r} is not known; allowed: {allowed}. {nearest(name, ACTIVATIONS)}"
-        )
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        allowed, hint = ", ".join(ACTIVATIONS), nearest(str(name), ACTIVATIONS)
+        raise ConfigError(f"config.json: activation {name!r} is not known; allowed: {allowed}. {hint}".strip())
     return ACTIVATIONS[name]
 
 

@@ -45,7 +45,8 @@ class AddedPositions(nn.Module):
             if on_cpu and int(positions_BL.max()) >= self.limit:
                 raise DataError(
                     f"position {int(positions_BL.max())} is beyond the table of {self.limit} positions "
-                    f"(max_position_embeddings); shorten the text, or `bildung tune stretch` the table (positions.interpolate)."
+                    f"(max_position_embeddings); shorten the text, or draw the table out with `bildung tune "
+                    f"stretch`."
                 )
             return F.embedding(positions_BL + self.offset, self.weight).to(dtype)
         if self.kind == "integer":

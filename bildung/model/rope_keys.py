@@ -24,7 +24,7 @@ def rope_from(keys: ConfigKeys) -> Rope:
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise ConfigError(f"config.json: RoPE scaling {kind!r} is not supported; allowed: {', '.join(ROPE_KINDS)}.")
     needed, optional = ROPE_KINDS[kind]
-    rope: dict[str, Any] = {}
+    rope: dict[str, Any] = {"kind": kind}
     if "original_max_position_embeddings" in (*needed, *optional):
         rope["original_max_position_embeddings"] = keys.raw.get("max_position_embeddings")
     for name in (*needed, *optional):
@@ -34,10 +34,17 @@ def rope_from(keys: ConfigKeys) -> Rope:
         if not is_number(value) or value <= 0:
             raise ConfigError(f"config.json: RoPE scaling {kind!r} needs a positive {name}; it is {value!r}.")
         rope[name] = value
+    context = keys.raw.get("max_position_embeddings")
+    if kind == "dynamic" and context is not None and rope["original_max_position_embeddings"] != context:
+        raise ConfigError(
+            f"config.json: RoPE scaling 'dynamic' with original_max_position_embeddings = "
+            f"{rope['original_max_position_embeddings']}, and max_position_embeddings = {context}: transformers "
+            f"counts from the second whatever the first says. Give one number."
+        )
     given = {k: v for k, v in given.items() if v is not None and not (k == "factor" and v == 1.0)}
     if given:
         raise ConfigError(f"config.json: RoPE scaling {kind!r} does not know {', '.join(sorted(given))}.")
-    return Rope(theta=float(theta), kind=kind, **rope)
+    return Rope(theta=float(theta), **rope)
 
 
 # Kind of RoPE scaling -> the numbers it needs, and those it may have (the original context is the config's otherwise).

@@ -72,7 +72,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "token_types": dict(token_types=2, kind="encoder", heads=["mlm"]),
     "heads": dict(heads=["mlm", "pooler"], kind="encoder"),
     "num_labels": dict(num_labels=3, kind="encoder", heads=["classify"]),
-    "classifier_dropout": dict(classifier_dropout=0.1, kind="encoder", heads=["classify"]),
+    "classifier_dropout": dict(classifier_dropout=0.1, num_labels=3, kind="encoder", heads=["classify"]),
 }
 TOKENS = torch.randint(3, 250, (2, 11), generator=torch.Generator().manual_seed(1))
 
@@ -115,6 +115,20 @@ def test_every_choice_reaches_the_model_and_the_directory(choice: str, tmp_path:
         ({"rotary_dim": 4, "positions": "t5"}, "would do nothing"),
         ({"local_rope": {"theta": 5.0}}, "no layer has a window"),
         ({"relative_buckets": 2, "positions": "t5"}, "at least 4"),
+        ({"rope": {"factor": 2.0}, "positions": "t5"}, "would do nothing"),
+        ({"rope": {"kind": "lenear", "factor": 2.0}}, "rope.kind = 'lenear'.*'linear'"),
+        ({"rope": {"kind": "linear", "factor": -2.0}}, "RoPE with factor = -2.0; it must be positive"),
+        ({"relative_buckets": 8}, "would do nothing: they are T5's"),
+        ({"heads": ["mlm"]}, "a decoder has its unembedding alone"),
+        ({"token_types": 2}, "would do nothing"),
+        ({"kind": "encoder", "heads": ["mln"]}, "heads has 'mln'.*did you mean 'mlm'"),
+        ({"kind": "encoder", "heads": ["mlm"], "head_bias": True}, "would do nothing"),
+        ({"kind": "encoder", "heads": ["mlm"], "num_labels": 3}, "no head tells classes apart"),
+        ({"kind": "encoder", "heads": ["tag"]}, "'tag' needs num_labels"),
+        ({"kind": "encoder", "heads": ["tag"], "num_labels": 3, "classifier_dropout": 1.5}, r"lie in \[0, 1\)"),
+        ({"kind": "encoder", "heads": ["classify", "classify_tanh"], "num_labels": 2}, "by one of them"),
+        ({"initializer_range": -0.1}, "must not be negative"),
+        ({"hidden_act": "gellu"}, "activation 'gellu' is not known.*did you mean 'gelu'"),
         ({"model_type": "bildug"}, "known: .*did you mean 'bildung'"),
     ],
 )

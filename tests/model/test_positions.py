@@ -111,7 +111,7 @@ def test_sinusoidal_in_both_orders(size: int) -> None:
 
 def test_a_learned_table_ends_and_can_be_stretched() -> None:
     model = model_with("learned", max_position_embeddings=10)
-    with pytest.raises(DataError, match=r"position 10 is beyond the table of 10 positions.*interpolate"):
+    with pytest.raises(DataError, match=r"position 10 is beyond the table of 10 positions.*`bildung tune stretch`"):
         model(tokens())
     table = model.model.embed_positions.weight.detach()
     longer = interpolate(table, 19)

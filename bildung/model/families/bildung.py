@@ -42,8 +42,17 @@ IDLE = (
     ("layer_scale", lambda config: config.norm_placement == "post", "it scales what pre-norm sublayers add"),
     ("rotary_dim", lambda config: config.positions != "rope", "nothing is rotated without RoPE"),
     ("local_rope", lambda config: config.positions != "rope", "nothing is rotated without RoPE"),
+    ("rope", lambda config: config.positions != "rope", "nothing is rotated without RoPE"),
     ("local_rope", lambda config: not any(config.windows), "no layer has a window"),
+    ("relative_buckets", lambda config: config.positions != "t5", "they are T5's"),
+    ("relative_max_distance", lambda config: config.positions != "t5", "it is T5's"),
+    ("heads", lambda config: config.kind == "decoder", "a decoder has its unembedding alone"),
+    ("token_types", lambda config: config.kind == "decoder", "all tokens of a decoder are of one segment"),
+    ("head_bias", lambda config: config.kind == "encoder", "the masked-language head always has one"),
+    ("num_labels", lambda config: not _labels(config), "no head tells classes apart"),
+    ("classifier_dropout", lambda config: not _labels(config), "no head tells classes apart"),
 )
+HEADS = ("pooler", "mlm", "nsp", "classify", "classify_tanh", "classify_relu", "tag")  # of an encoder: see heads.py
 
 
 def ARCHITECTURE(config: BaseConfig) -> str:
@@ -71,6 +80,8 @@ def config(keys: ConfigKeys) -> ModelConfig:
         given["head_dim"] = per_head(hidden_size, heads)
     for name in ("rope", "local_rope"):
         _check_names(name, given.get(name, {}))
+        if isinstance(given.get(name), dict):  # what is stretched, where not said: the context of this model
+            given[name] = {"original_max_position_embeddings": given["max_position_embeddings"], **given[name]}
     if given.get("kind", "decoder") not in ("decoder", "encoder"):
         raise ConfigError(f"config.json: kind = {given['kind']!r}; allowed: 'decoder', 'encoder'.")
     special = keys.special_tokens()
@@ -88,10 +99,24 @@ def config(keys: ConfigKeys) -> ModelConfig:
     return made
 
 
+def _labels(config: ModelConfig) -> list[str]:
+    """The heads that tell classes apart."""
+    return [head for head in config.heads if head == "tag" or head.startswith("classify")]
+
+
 def _check_values(made: ModelConfig, given: dict[str, Any]) -> None:
     for name, is_idle, reason in IDLE:
         if given.get(name) and is_idle(made):
             raise ConfigError(f"config.json: {name} = {given[name]!r} would do nothing: {reason}; leave it out.")
+    if unknown := [head for head in made.heads if head not in HEADS]:
+        hint = nearest(unknown[0], HEADS)
+        raise ConfigError(f"config.json: heads has {unknown[0]!r}; known: {', '.join(HEADS)}. {hint}".strip())
+    if len([head for head in made.heads if head.startswith("classify")]) > 1:
+        raise ConfigError(f"config.json: heads = {list(made.heads)}; a sentence is classified by one of them.")
+    if _labels(made) and made.num_labels < 1:
+        raise ConfigError(f"config.json: the head {_labels(made)[0]!r} needs num_labels, the number of its classes.")
+    if made.token_types < 0:
+        raise ConfigError(f"config.json: token_types = {made.token_types}; it must not be negative.")
     for name in ("attention_scale", "attention_softcap", "logit_softcap", "embed_scale", "logit_scale"):
         if (value := getattr(made, name)) is not None and value <= 0:
             raise ConfigError(f"config.json: {name} = {value}; it must be positive.")

@@ -16,6 +16,8 @@ names, MODULES = dinov2.names, dinov2.MODULES
 
 def config(keys: ConfigKeys) -> ModelConfig:
     """Dinov2WithRegistersConfig's keys: the mask token is always there."""
+    keys.require("interpolate_antialias", True)  # said by the published files; transformers does so whatever they say
+    keys.require("interpolate_offset", 0.0)
     registers = keys.size("num_register_tokens", 4)
     image = vit.image_of(keys, 224, 16, "bicubic-antialias", registers=registers, mask_token=True)
     return dinov2.of(keys, "dinov2_with_registers", "Dinov2WithRegisters", image)

@@ -12,11 +12,11 @@ from __future__ import annotations
 from bildung.core.errors import ConfigError
 from bildung.model.config import ModelConfig, Rope
 from bildung.model.config_keys import ConfigKeys
+from bildung.model.families.llama import KINDS, layer_kinds
 from bildung.model.names import Names
 from bildung.model.rope_keys import rope_from
 
 ARCHITECTURE = "Gemma3ForCausalLM"
-KINDS = ("sliding_attention", "full_attention")
 
 
 def config(keys: ConfigKeys) -> ModelConfig:
@@ -65,7 +65,8 @@ def ropes(keys: ConfigKeys) -> tuple[Rope, Rope]:
     `rope_parameters` per kind of layer; before it, there were rope_theta, rope_scaling and rope_local_base_freq."""
     theta, local_theta = keys.number("rope_theta", 1e6), keys.number("rope_local_base_freq", 1e4)
     given, scaling = keys.take("rope_parameters", {}), keys.take("rope_scaling", {})
-    if not isinstance(given, dict) or not isinstance(scaling, dict) or set(given) - set(KINDS):
+    objects = (given, scaling, *(given.values() if isinstance(given, dict) else ()))
+    if not all(isinstance(one, dict | None) for one in objects) or set(given) - set(KINDS):
         raise ConfigError(f"config.json: rope_parameters of Gemma 3 has an object for each of {', '.join(KINDS)}.")
     context = keys.raw.get("max_position_embeddings", 131072)
     made = []
@@ -77,13 +78,10 @@ def ropes(keys: ConfigKeys) -> tuple[Rope, Rope]:
 
 def windows(keys: ConfigKeys, layers: int) -> tuple[int | None, ...]:
     """Every sixth layer sees all, or as `sliding_window_pattern` or the newer `layer_types` say."""
-    window, kinds = keys.size("sliding_window", 4096), keys.take("layer_types", None)
+    window = keys.size("sliding_window", 4096)
     pattern = keys.size("_sliding_window_pattern", 6)
     pattern = keys.size("sliding_window_pattern", pattern)
-    if kinds is None:
-        kinds = [KINDS[0] if (i + 1) % pattern else KINDS[1] for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - set(KINDS):
-        raise ConfigError(f"config.json: layer_types must name one of {', '.join(KINDS)} for each of {layers} layers.")
+    kinds = layer_kinds(keys, [KINDS[0] if (i + 1) % pattern else KINDS[1] for i in range(layers)])
     if "sliding_window" in keys.raw and keys.raw["sliding_window"] is None and KINDS[0] in kinds:
         raise ConfigError("config.json: layer_types names layers with a window, and sliding_window is null.")
     return tuple(window if kind == KINDS[0] else None for kind in kinds)

@@ -19,6 +19,8 @@ def config(keys: ConfigKeys) -> ModelConfig:
     """GPT-2 has its own words: n_embd, n_layer, n_head, n_positions, n_inner."""
     hidden_size, heads = keys.size("n_embd", 768), keys.size("n_head", 12)
     keys.require("n_ctx", keys.raw.get("n_positions", 1024))  # the same number twice, in old files
+    keys.require("n_special", 0)  # rows of the embedding beyond the vocabulary, in the first files
+    keys.take("predict_special_tokens", None)  # whether the loss of the first code counted those rows
     keys.require("scale_attn_weights", True)
     keys.require("scale_attn_by_inverse_layer_idx", False)
     keys.require("reorder_and_upcast_attn", False)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from bildung.core.errors import ConfigError
 from bildung.model.config import ModelConfig, Rope
-from bildung.model.config_keys import ConfigKeys, per_head
+from bildung.model.config_keys import ConfigKeys, is_number, per_head
 from bildung.model.names import Names, Stored
 from bildung.model.rope_keys import rope_from
 
@@ -31,6 +31,8 @@ def config(keys: ConfigKeys) -> ModelConfig:
     keys.require("is_decoder", False, True)  # causal either way
     keys.require("is_encoder_decoder", False)
     keys.take("classifier_dropout", None)  # of a head that is not built here
+    for name in ("attention_probs_dropout_prob", "hidden_dropout_prob"):
+        keys.require(name, 0)  # GPT-NeoX-20B says them, and no class reads them
     return ModelConfig(
         model_type="gpt_neox",
         vocab_size=keys.size("vocab_size", 50432),
@@ -72,6 +74,8 @@ def partial_rope(keys: ConfigKeys) -> tuple[Rope, float]:
                 keys.left[name] = {k: v for k, v in keys.left[name].items() if k != "partial_rotary_factor"}
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise ConfigError(f"config.json: partial_rotary_factor = {share!r}; the share that turns lies in (0, 1].")
+    if not is_number(base):
+        raise ConfigError(f"config.json: rotary_emb_base = {base!r}; it must be a number.")
     return replace(rope_from(keys), theta=float(base)), float(share)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from bildung.core.errors import ConfigError
 from bildung.model.config import ModelConfig
 from bildung.model.config_keys import ConfigKeys, per_head
 from bildung.model.rope_keys import rope_from
 
 ARCHITECTURE = "LlamaForCausalLM"
+KINDS = ("sliding_attention", "full_attention")  # transformers' words for layers with a window and without
 
 
 def decoder_keys(keys: ConfigKeys) -> dict[str, Any]:
@@ -41,10 +43,22 @@ def decoder_keys(keys: ConfigKeys) -> dict[str, Any]:
     }
 
 
+def layer_kinds(keys: ConfigKeys, default: list[str]) -> list[str]:
+    """`layer_types`, one of KINDS for each layer, where a file says them."""
+    kinds: Any = keys.take("layer_types", default)
+    if not isinstance(kinds, list) or len(kinds) != len(default) or any(kind not in KINDS for kind in kinds):
+        raise ConfigError(
+            f"config.json: layer_types = {str(kinds)[:80]}; one of {', '.join(KINDS)} is needed for each of the "
+            f"{len(default)} layers."
+        )
+    return kinds
+
+
 def config(keys: ConfigKeys) -> ModelConfig:
     """Llama: one `attention_bias` for q, k, v and o; `mlp_bias` for the feed-forward."""
     keys.require("pretraining_tp", 1)  # >1 splits matmuls to mimic tensor parallelism: other rounding, same model
     keys.require("rope_interleaved", False)
+    keys.take("max_sequence_length", None)  # of LLaMA 1's files: max_position_embeddings again
     bias = keys.flag("attention_bias", False)
     mlp_bias = keys.flag("mlp_bias", False)
     return ModelConfig(**decoder_keys(keys), qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bildung.core.errors import ConfigError
 from bildung.model.config import ModelConfig
 from bildung.model.config_keys import ConfigKeys
-from bildung.model.families.llama import decoder_keys
+from bildung.model.families.llama import KINDS, decoder_keys, layer_kinds
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 
@@ -15,18 +14,14 @@ def qwen_windows(keys: ConfigKeys, num_hidden_layers: int) -> tuple[int | None, 
     window = keys.size("sliding_window", None)
     if not keys.flag("use_sliding_window", False):
         window = None  # Qwen checkpoints carry a sliding_window that is switched off
-    first = keys.take("max_window_layers", 28)
-    kinds = keys.take("layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(num_hidden_layers)]
-        kinds = kinds if window is not None else ["full_attention"] * num_hidden_layers
-    unknown = set(kinds) - {"sliding_attention", "full_attention"}
-    if unknown:
-        raise ConfigError(f"config.json: layer_types {sorted(unknown)}; allowed: sliding_attention, full_attention.")
+    first = keys.number("max_window_layers", 28)
+    kinds = [KINDS[0] if window is not None and i >= first else KINDS[1] for i in range(num_hidden_layers)]
+    kinds = layer_kinds(keys, kinds)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def config(keys: ConfigKeys) -> ModelConfig:
     """The q, k, v biases are part of the architecture and have no key."""
+    keys.require("use_mrope", False)  # positions in three dimensions, of the models that see images
     shared = decoder_keys(keys)
     return ModelConfig(**shared, qkv_bias=True, windows=qwen_windows(keys, shared["num_hidden_layers"]))

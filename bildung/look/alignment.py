@@ -95,10 +95,11 @@ def align(lm: LanguageModel, text: str, new_tokens: int = 40) -> Aligned:
 def draw(found: list[Aligned], path: Path) -> None:
     """The alignments as a PNG, answers down, sources across."""
     across, down = min(ACROSS, len(found)), -(-len(found) // ACROSS)
-    width = max(len(one.source) for one in found) * 0.24 + 0.9
-    height = max(len(one.answer) for one in found) * 0.24 + 0.7
-    figure = Figure(figsize=(width * across, height * down), dpi=DPI, layout="constrained", facecolor="white")
-    axes = figure.subplots(down, across, squeeze=False).flatten()
+    # Cells are squares of one size: columns and rows as wide and high as their largest picture.
+    widths = [max(len(one.source) for one in found[column::across]) + 3 for column in range(across)]
+    heights = [max(len(one.answer) for one in found[row * across :][:across]) + 2 for row in range(down)]
+    figure = Figure(figsize=(0.2 * sum(widths), 0.2 * sum(heights)), dpi=DPI, layout="constrained", facecolor="white")
+    axes = figure.subplots(down, across, squeeze=False, width_ratios=widths, height_ratios=heights).flatten()
     for axis, one in zip(axes, found, strict=False):
         _draw_one(axis, one)
     for axis in axes[len(found) :]:
@@ -108,6 +109,7 @@ def draw(found: list[Aligned], path: Path) -> None:
 
 def _draw_one(axis: Axes, one: Aligned) -> None:
     axis.imshow(one.weights, cmap=BLUES, vmin=0, vmax=1, interpolation="nearest", aspect="equal")
+    axis.set_anchor("N")
     plain: dict[str, Any] = {"family": FONT, "fontsize": 7, "color": INK, "parse_math": False}
     axis.set_xticks(range(len(one.source)), [drawable(word) for word in one.source], **plain)
     axis.set_yticks(range(len(one.answer)), [drawable(word) for word in one.answer], **plain)

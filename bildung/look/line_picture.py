@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from bildung.look.picture import DPI, FONT, INK, MUTED, RULE, drawable, save_figure
 
@@ -54,6 +55,7 @@ def _draw(axis: Axes, panel: Panel) -> None:
     axis.set_title(drawable(panel.title), fontsize=8, color=INK, loc="left", family=FONT, parse_math=False)
     axis.set_xlabel(panel.x_label, fontsize=7.5, color=MUTED, family=FONT)
     axis.set_ylabel(panel.y_label, fontsize=7.5, color=MUTED, family=FONT)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M, not 2 and, in a corner, 1e6
     axis.tick_params(length=2, labelsize=7, colors=MUTED)
     axis.grid(True, color=RULE, linewidth=0.4)
     for side, spine in axis.spines.items():

@@ -114,9 +114,12 @@ def curves(places: dict[str, Path]) -> list[Panel] | None:
         by_seconds[name] = seconds, [loss * factor for loss in ys]
     if not by_tokens:
         return None
+    # Where training began is far above all the rest, and the same for all: it is cut off.
+    first, lowest = (max(ys[1] for _, ys in by_tokens.values()), min(min(ys) for _, ys in by_tokens.values()))
+    limits = (lowest - 0.1 * (first - lowest), first + 0.1 * (first - lowest))
     return [
-        Panel(f"held-out {unit}, by tokens read", "tokens", by_tokens),
-        Panel(f"held-out {unit}, by time", "seconds of training", by_seconds),
+        Panel(f"held-out {unit}, by tokens read", "tokens", by_tokens, y_limits=limits),
+        Panel(f"held-out {unit}, by time", "seconds of training", by_seconds, y_limits=limits),
     ]
 
 

@@ -135,10 +135,11 @@ class _Learner:
         extra = len(self.outside) + (self.unknown is not None) + 256 * self.given.byte_fallback
         if size - extra < alphabet:
             also = f" and {extra} special tokens and bytes" if extra else ""
+            fewer = ", keep fewer characters with `alphabet`, merge some with `normalize`, or use byte_bpe, whose "
+            fewer += "alphabet is 256 bytes"
             raise SettingsError(
                 f"vocab_size = {size} is below the alphabet: the text has {alphabet} {what}{also}, so at least "
-                f"{alphabet + extra} are needed. Raise it, keep fewer characters with `alphabet`, merge some with "
-                f"`normalize`, or use byte_bpe, whose alphabet is 256 bytes."
+                f"{alphabet + extra} are needed. Raise it{'' if self.given.algorithm == 'byte_bpe' else fewer}."
             )
         return size - extra
 

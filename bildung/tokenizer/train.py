@@ -44,7 +44,6 @@ def train(source: str | Path, out: Path, settings: Settings, *, force: bool = Fa
     def work(job: Job) -> None:
         learned = learn(corpus.training, settings)
         tokenizer = learned.tokenizer
-        tokenizer.save(job.out)
         job.notes += corpus.notes()
         size = len(tokenizer.backend.get_vocab())
         asked = settings.vocab_size or (DEFAULT_SIZE if settings.algorithm not in ("word", "character", "byte") else 0)
@@ -61,6 +60,7 @@ def train(source: str | Path, out: Path, settings: Settings, *, force: bool = Fa
         measured = measure(tokenizer, held or corpus.training)
         job.measured |= {"vocabulary": size, "characters": learned.characters, "characters_left_out": learned.left_out}
         job.measured["held_out" if held else "training_text"] = measured.as_dict()
+        tokenizer.save(job.out)  # last: a text that turns out to be empty leaves nothing behind
 
     record = perform("tokenizer train", None, out, settings, work, data=fingerprints(sources), force=force)
     Console(highlight=False).print(summary(record), markup=False, soft_wrap=True)

@@ -57,8 +57,9 @@ def test_several_sources_and_columns(tmp_path: Path) -> None:
 def test_bad_sources_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("  \n")
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="no usable row"):
-        train(tmp_path / "empty.txt", out, Settings())
+    for settings in (Settings(), Settings(algorithm="byte")):
+        with pytest.raises(DataError, match="no usable row"):
+            train(tmp_path / "empty.txt", out, settings)
     with pytest.raises(DataError, match="no data called 'nurserry:imdb'"):
         train("nurserry:imdb", out, Settings())
     with pytest.raises(SettingsError, match="below the alphabet"):

@@ -43,8 +43,8 @@ from bildung.model.store import LanguageModel, load, write_model
 from bildung.model.transformer import Decoder
 from bildung.train.fit import LossSum, Objective, fit, mean_loss
 from bildung.train.history import History
-from bildung.train.optim import adamw, schedule
-from bildung.train.training import COMPUTE, check_continues_text
+from bildung.train.optim import adamw
+from bildung.train.training import COMPUTE, check_continues_text, fit_options
 from bildung.tune import lora
 from bildung.tune.full import check_trainable
 from bildung.tune.instruction import tune
@@ -189,21 +189,11 @@ def train(job: Job, lm: LanguageModel, given: Settings, reference: Reference) ->
         batch_at,
         objective,
         adamw(lm.model, rate, weight_decay=given.weight_decay),
-        steps=steps,
-        micro_steps=given.micro_steps,
-        schedule=schedule(given.schedule, steps, round(given.warmup * steps)),
-        clip=given.clip,
-        seed=given.seed,
         evaluate=partial(mean_loss, objective=objective, batches=aside) if aside else None,
-        evaluate_every=given.evaluate_every or steps,
-        patience=given.patience,
-        out=job.out,
-        checkpoint_every=given.checkpoint_every,
-        tensorboard=given.tensorboard,
-        title=job.operation,
+        **{**fit_options(job, given, steps), "evaluate_every": given.evaluate_every or steps},
     )
     job.tokens_seen, job.trained_tokens = history.tokens_seen, history.trained_tokens
-    job.notes += notes
+    job.notes += [*notes, *history.notes]
     job.measured |= {
         "loss_at_start": start,
         "reference": "computed once per pair" if given.precompute else "computed in every step",
@@ -214,7 +204,7 @@ def train(job: Job, lm: LanguageModel, given: Settings, reference: Reference) ->
         **history.summary(),
         **first_and_last(history),
     }
-    if history.steps < steps:
+    if given.patience and history.waited >= given.patience:
         job.notes.append(f"stopped after step {history.steps} of {steps}: the held-out loss fell no further")
 
 

@@ -49,3 +49,25 @@ def told(value: Any = None) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def side_group(seconds: float) -> Any:
+    """A group of all ranks for a second thread, so that what it tells does not meet what the first one does; None for a
+    single process. Every rank must call this. One that does not answer it within `seconds` is given up."""
+    if world_size() == 1:
+        return None
+    import torch.distributed as dist
+
+    join()
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=seconds))
+
+
+def gathered(value: Any, group: Any = None) -> list[Any]:
+    """What every rank says, in their order; every rank calls this, and waits until all have."""
+    if world_size() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    said: list[Any] = [None] * world_size()
+    dist.all_gather_object(said, value, group=group)
+    return said

@@ -1,34 +1,46 @@
 """The state of a run on disk: what training goes on from after a kill, bit for bit.
 
-    .checkpoint-00000040/   state.safetensors   trained parameters, optimizer moments, best parameters so far, and
-                                                what the objective carries on (a recurrent model's state)
-                            state.json          counters, the optimizer's numbers that are not tensors
+    .checkpoint-00000040/
+        part-N.safetensors   what rank N holds of the trained parameters, of the optimizer's moments and of the best
+                             parameters so far; and what the objective carries on
+        state.json           counters, the optimizer's values that are no tensors, the sha256 of each part and of itself
 
-Written under another name, forced to the disk, then renamed: a checkpoint is there whole or not at all, and the older
-one goes only afterwards. No pickle: reading one runs whatever code it holds. Parameters that are not trained are not in
-it; they come from the model's own directory.
+Written under another name, forced to the disk, then renamed: a checkpoint is there whole or not at all, and older ones
+go only afterwards. Numbers can rot on a disk all the same, so they are hashed when they are read; of a damaged
+checkpoint it is said what is wrong, and the one before is used. No pickle: reading one runs whatever code it holds.
+Parameters that are not trained are not in it; they come from the model's own directory.
 
 Neither is the order of the data nor a random state: both are functions of (seed, step), see data/batches.py and fit.py.
+
+By default a thread writes a copy while training goes on (as torch.distributed.checkpoint's async_save does). A kill
+then costs, beside the steps since the last checkpoint, those that were made while it was being written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bildung.core import ranks
 from bildung.core.errors import TrainingError
+from bildung.core.progress import size
+from bildung.core.record import hash_file
 from bildung.core.staging import to_disk
-from bildung.model.safetensors_file import read_file
-from bildung.train.parallel import spread_like, whole
+from bildung.train import optimizer_state
+from bildung.train.parts import Parts, held, is_mine_to_write, local, write
 
-NAME, TENSORS, NUMBERS = ".checkpoint-", "state.safetensors", "state.json"
+NAME, NUMBERS, BEING_WRITTEN, DAMAGED = ".checkpoint-", "state.json", ".checkpoint-being-written", ".damaged-"
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -36,115 +48,209 @@ def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def put(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Overwrite the trained parameters."""
+def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite the trained parameters, each by a tensor that is spread over the ranks as it is."""
     with torch.no_grad():
         for name, parameter in trained(model).items():
-            parameter.copy_(spread_like(tensors[name], parameter))
+            parameter.copy_(tensors[name])
 
 
-def save(
-    out: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    counters: dict[str, Any],
-    best: dict[str, Tensor],
-    carried: dict[str, Tensor] | None = None,
-) -> None:
-    """Write the state after `step` steps into `out`, then remove older ones. `counters`: JSON values of the caller.
+class Checkpoints:
+    """Those of one run, in `out`: the newest `keep_last`, and the one with the lowest held-out loss.
 
-    What is spread over several ranks is gathered, so every rank calls this, and rank 0 writes.
+    `with Checkpoints(...) as checkpoints`; on leaving, what is being written is finished. Every rank makes one, and
+    calls its methods at the same steps. Errors of the writing thread are raised by the next call.
     """
-    tensors: dict[str, Tensor] = {f"model.{name}": whole(p.detach()).cpu() for name, p in trained(model).items()}
-    tensors |= {f"best.{name}": whole(tensor).cpu() for name, tensor in best.items()}
-    tensors |= {f"carried.{name}": tensor.cpu() for name, tensor in (carried or {}).items()}
-    numbers: dict[str, dict[str, Any]] = {}
-    for index, state in _state_of(optimizer).items():
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{key}"] = whole(value).cpu()
-            else:
-                numbers.setdefault(str(index), {})[key] = value
-    if ranks.rank() > 0:
-        return
-    place = out / f"{NAME}{step:08d}"
-    being_written = out / f"{NAME}being-written"
-    shutil.rmtree(being_written, ignore_errors=True)
-    being_written.mkdir(parents=True)
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, being_written / TENSORS)
-    text = json.dumps({"counters": counters, "optimizer": numbers})
-    (being_written / NUMBERS).write_text(text, encoding="utf-8")
-    for path in (being_written / TENSORS, being_written / NUMBERS, being_written):
-        to_disk(path)
-    shutil.rmtree(place, ignore_errors=True)
-    being_written.rename(place)
-    to_disk(out)
-    for older in _all(out)[:-1]:
-        shutil.rmtree(older)
 
+    def __init__(
+        self,
+        out: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        carried: dict[str, Tensor] | None = None,
+        *,
+        keep_last: int = 1,
+        in_background: bool = True,
+        rank_timeout: float = 1800.0,
+    ) -> None:
+        self.out, self.model, self.optimizer, self.carried = out, model, optimizer, carried
+        self.keep_last, self.in_background = keep_last, in_background
+        self._group = ranks.side_group(rank_timeout)  # what the thread tells the others must not meet with gradients
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
-def load(
-    out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carried: dict[str, Tensor] | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Put the newest state in `out` into model, optimizer and `carried`; (counters, best), or None if there is none.
+    def __enter__(self) -> Checkpoints:
+        return self
 
-    Raises TrainingError when the state belongs to another model or optimizer.
-    """
-    places = _all(out)
-    if not places:
-        return None
-    place = places[-1]
-    numbers = json.loads((place / NUMBERS).read_text(encoding="utf-8"))
-    tensors = dict(read_file(place / TENSORS))
-    parameters = trained(model)
-    stored = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
-    if {name: t.shape for name, t in stored.items()} != {name: p.shape for name, p in parameters.items()}:
-        raise TrainingError(
-            f"{place} holds {len(stored)} trained tensors of other names or shapes than the {len(parameters)} of this "
-            f"model; it is from another run. Remove it or choose another place."
-        )
-    put(model, stored)
-    in_order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in numbers["optimizer"].items()}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".", 2)
-            like = in_order[int(index)] if int(index) < len(in_order) else tensor
-            value = spread_like(tensor, like) if tensor.shape == like.shape else tensor
-            state.setdefault(int(index), {})[key] = value
-    if sorted(state) != list(range(len(parameters))):
-        raise TrainingError(f"{place} holds optimizer state of other parameters; it is from another run. Remove it.")
-    optimizer.load_state_dict({"state": state, "param_groups": _groups_of(optimizer)})
-    best = {name.removeprefix("best."): tensor for name, tensor in tensors.items() if name.startswith("best.")}
-    if carried is not None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except Exception as later:
+            if error is None:
+                raise
+            error.add_note(f"and a checkpoint could not be written: {later}")
+        finally:
+            self._worker.shutdown()
+
+    def wait(self) -> None:
+        """Until nothing is being written any more."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def save(self, step: int, counters: Mapping[str, Any], best: Mapping[str, Tensor]) -> None:
+        """Write the state after `step` steps, then remove older ones.
+
+        counters: JSON values of the caller; `best_step` among them names the checkpoint that is never removed.
+        best: the trained parameters with the lowest held-out loss, if the caller keeps them.
+        """
+        self.wait()
+        numbers: dict[int, dict[str, Any]] = {}
+        alone = optimizer_state.is_shared_out(self.optimizer)
+        mine = {
+            name: tensor
+            for name, tensor in self._tensors(best, numbers)
+            if is_mine_to_write(tensor) or (alone and name.startswith("optimizer."))
+        }
+        boxes = {name: held(tensor) for name, tensor in mine.items()}
+        mine = {name: local(tensor).detach() for name, tensor in mine.items()}
+        needed = sum(tensor.nbytes for tensor in mine.values())
+        copy = self.in_background and (needed < psutil.virtual_memory().available / 2)
+        # Best parameters, and what comes from a GPU, nobody changes; what is on the CPU the next step will change.
+        copied = {
+            name: (tensor.clone() if copy and tensor.device.type == "cpu" and not name.startswith("best.") else tensor)
+            .cpu()
+            .contiguous()
+            for name, tensor in mine.items()
+        }
+        work = (step, copied, boxes, numbers, dict(counters))
+        if copy:
+            self._writing = self._worker.submit(self._write, *work)
+        else:
+            self._write(*work)
+
+    def _tensors(self, best: Mapping[str, Tensor], numbers: dict[int, dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+        """Name in the file -> tensor; the optimizer's values that are none go into `numbers`."""
+        yield from ((f"model.{name}", parameter.detach()) for name, parameter in trained(self.model).items())
+        yield from ((f"best.{name}", tensor) for name, tensor in best.items())
+        yield from ((f"carried.{name}", tensor) for name, tensor in (self.carried or {}).items())
+        for index, state in optimizer_state.of(self.optimizer).items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    yield f"optimizer.{index}.{key}", value
+                else:
+                    numbers.setdefault(index, {})[key] = value
+
+    def _write(self, step: int, tensors: Any, boxes: Any, numbers: Any, counters: dict[str, Any]) -> None:
+        """This rank's part; then rank 0 writes what holds the parts together, and makes it the checkpoint."""
+        place, being_written = self.out / f"{NAME}{step:08d}", self.out / BEING_WRITTEN
+        part = being_written / f"part-{ranks.rank()}.safetensors"
+        told: dict[str, Any] = {"name": part.name, "numbers": numbers}
+        error: Exception | None = None
+        try:
+            being_written.mkdir(parents=True, exist_ok=True)
+            write(part, tensors, boxes)
+            to_disk(part)
+            told["sha256"] = hash_file(part)
+        except Exception as found:
+            error, told["error"] = found, f"{type(found).__name__}: {found}"
+        all_told = ranks.gathered(told, self._group)
+        if error is not None:
+            raise error
+        for rank, one in enumerate(all_told):
+            if "error" in one:
+                raise TrainingError(f"rank {rank} could not write its part of the checkpoint: {one['error']}")
+        if ranks.rank() == 0:
+            merged = {str(index): state for one in all_told for index, state in one["numbers"].items()}
+            files = {one["name"]: one["sha256"] for one in all_told}
+            _write_state(being_written / NUMBERS, {"counters": counters, "optimizer": merged, "files": files})
+            to_disk(being_written)
+            shutil.rmtree(place, ignore_errors=True)
+            being_written.rename(place)
+            to_disk(self.out)
+            for older in all_in(self.out)[: -self.keep_last]:
+                if step_of(older) != counters.get("best_step"):
+                    shutil.rmtree(older)
+
+    def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor], list[str]]:
+        """Put the newest whole state into model, optimizer and `carried`: (counters, best, what was wrong with newer
+        ones); the counters are None if there is no whole state.
+
+        Raises TrainingError when the state belongs to another model or optimizer.
+        """
+        name, notes = ranks.told(self._choose() if ranks.rank() == 0 else None)
+        if ranks.rank() == 0:
+            print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
+        if name is None:
+            return None, {}, notes
+        place = self.out / name
+        state = _read_state(place / NUMBERS)
+        parts = Parts(place / file for file in state["files"])
+        parameters, stored = trained(self.model), parts.under("model.")
+        if {n: parts.shapes[file] for n, file in stored.items()} != {n: tuple(p.shape) for n, p in parameters.items()}:
+            raise TrainingError(
+                f"{place} holds {len(stored)} trained tensors of other names or shapes than the {len(parameters)} of "
+                f"this model; it is from another run. Remove it or choose another place."
+            )
+        put(self.model, {name: parts.read(file, parameters[name]) for name, file in stored.items()})
+        optimizer_state.load(self.optimizer, parts, state["optimizer"], place)
+        best = {name: parts.read(file, parameters[name]) for name, file in parts.under("best.").items()}
         device = next(iter(parameters.values())).device
-        # Cloned, because a tensor inside a file's bytes is not aligned, and a kernel may then round in another way.
-        kept = {name: tensor.clone().to(device) for name, tensor in tensors.items() if name.startswith("carried.")}
-        carried.update({name.removeprefix("carried."): tensor for name, tensor in kept.items()})
-    return numbers["counters"], best
+        best = {name: tensor.to(device) for name, tensor in best.items()}
+        if self.carried is not None:
+            self.carried.update({name: parts.read(file).to(device) for name, file in parts.under("carried.").items()})
+        return state["counters"], best, notes
+
+    def _choose(self) -> tuple[str | None, list[str]]:
+        """The name of the newest whole checkpoint, and what is wrong with newer ones, which are set aside."""
+        shutil.rmtree(self.out / BEING_WRITTEN, ignore_errors=True)
+        notes: list[str] = []
+        for place in reversed(all_in(self.out)):
+            wrong = damage(place)
+            if not wrong:
+                return place.name, notes
+            aside = place.with_name(f"{DAMAGED}{place.name.removeprefix(NAME)}")
+            shutil.rmtree(aside, ignore_errors=True)
+            place.rename(aside)
+            notes.append(f"the checkpoint of step {step_of(aside)} was damaged ({wrong}) and is not used")
+        return None, notes
 
 
-def _state_of(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
-    """Parameter number -> optimizer state, on rank 0 of all ranks where each keeps a part (zero1)."""
-    if hasattr(optimizer, "consolidate_state_dict"):
-        optimizer.consolidate_state_dict(to=0)
-        if ranks.rank() > 0:
-            return {}
-    return dict(optimizer.state_dict()["state"])
-
-
-def _groups_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Parameter groups with numbers for parameters, as state_dict() has them."""
-    groups, number = [], 0
-    for group in optimizer.param_groups:
-        count = len(group["params"])
-        numbers = list(range(number, number + count))
-        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": numbers})
-        number += count
-    return groups
-
-
-def _all(out: Path) -> list[Path]:
+def all_in(out: Path) -> list[Path]:
     """Complete checkpoints in `out`, oldest first."""
     return sorted(path for path in out.glob(f"{NAME}*") if path.name.removeprefix(NAME).isdigit())
+
+
+def step_of(place: Path) -> int:
+    """After how many steps a checkpoint was made."""
+    return int(place.name.rpartition("-")[2])
+
+
+def damage(place: Path) -> str:
+    """What is wrong with a checkpoint, with its hash; "" when every byte is as it was written."""
+    try:
+        files = _read_state(place / NUMBERS)["files"]
+        for name, sha256 in files.items():
+            if (found := hash_file(place / name)) != sha256:
+                length = (place / name).stat().st_size
+                return f"{name}, {size(length)}, has sha256 {found}; it was written with {sha256}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _write_state(path: Path, state: Mapping[str, Any]) -> None:
+    text = json.dumps(state)
+    path.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "state": text}), encoding="utf-8")
+    to_disk(path)
+
+
+def _read_state(path: Path) -> Any:
+    """Raises ValueError when the text is not what was written."""
+    read = json.loads(path.read_text(encoding="utf-8"))
+    found = hashlib.sha256(read["state"].encode()).hexdigest()
+    if found != read["sha256"]:
+        raise ValueError(f"{path.name} has sha256 {found}; it was written with {read['sha256']}")
+    return json.loads(read["state"])

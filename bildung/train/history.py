@@ -1,17 +1,24 @@
-"""What happened in a run, and its log: one line of JSON per step in metrics.jsonl, TensorBoard when asked."""
+"""What happened in a run, and its log: a line of JSON per step, in metrics.jsonl and to whoever watches (watch.py)."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from bildung.core.errors import SettingsError
+from typing import Any, Protocol
 
 METRICS = "metrics.jsonl"
+
+
+class Watcher(Protocol):
+    """Gets every line of the log as it is written."""
+
+    def add(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass
@@ -26,6 +33,7 @@ class History:
     best_loss: float | None = None  # lowest held-out loss, and after which step
     best_step: int = 0
     waited: int = 0  # evaluations since then
+    notes: list[str] = dataclasses.field(default_factory=list)  # what went wrong and was mended
 
     def counters(self) -> dict[str, Any]:
         """Everything but the rows, for a checkpoint."""
@@ -45,6 +53,10 @@ class History:
         if held_out:
             found |= {"held_out_loss_first": held_out[0], "held_out_loss_last": held_out[-1]}
             found |= {"held_out_loss_best": self.best_loss, "best_step": self.best_step}
+        if used := [row["flops_utilisation"] for row in self.rows[1:] if "flops_utilisation" in row]:
+            found["flops_utilisation"] = sum(used) / len(used)
+        if skipped := [row["step"] for row in self.rows if row.get("skipped")]:
+            found["skipped_steps"] = skipped
         return found
 
 
@@ -64,11 +76,10 @@ def read_rows(out: Path, up_to_step: int) -> list[dict[str, Any]]:
 
 
 class Log:
-    """`with Log(out, tensorboard, history) as log: log.add(row)`. The file begins with the rows history has already."""
+    """`with Log(out, history, watchers) as log: log.add(row)`. The file begins with the rows history has already."""
 
-    def __init__(self, out: Path | None, tensorboard: Path | None, history: History):
-        self.history = history
-        self._board = None if tensorboard is None else _summary_writer(tensorboard, history.steps)
+    def __init__(self, out: Path | None, history: History, watchers: Sequence[Watcher] = ()):
+        self.history, self._watchers = history, watchers
         self._file = None
         if out is not None:
             rewritten = out / f".{METRICS}"  # renamed when whole: a kill here must not lose the rows
@@ -84,27 +95,19 @@ class Log:
     ) -> None:
         if self._file is not None:
             self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for watcher in self._watchers:
+            watcher.close()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row to history and log."""
+        """Append a row to history, log and watchers."""
         self.history.rows.append(row)
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-        if self._board is not None:
-            for name, value in row.items():
-                if name != "step" and isinstance(value, float) and math.isfinite(value):
-                    self._board.add_scalar(name, value, row["step"])
+        for watcher in self._watchers:
+            watcher.add(row)
 
-
-def _summary_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise SettingsError(
-            "tensorboard was asked for and is not installed: pip install 'bildung[tensorboard]'."
-        ) from error
-    # purge_step: what a killed run logged beyond its checkpoint is hidden by what is logged now.
-    return SummaryWriter(str(folder), purge_step=step + 1)
+    def to_disk(self) -> None:
+        """Wait until the lines are on the disk: a checkpoint must not be newer than its log."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())

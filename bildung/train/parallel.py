@@ -92,6 +92,13 @@ class Parallel:
         """Whether the parameters are spread over the ranks, so that only `loss` may call the model."""
         return bool(self._sharded)
 
+    @property
+    def exchanges(self) -> str:
+        """The collectives inside a forward and backward pass, for messages."""
+        if self._sharded:
+            return "all_gather of weights, reduce_scatter of gradients"
+        return "alone" if self.kind == "none" else "all_reduce of gradients"
+
     def optimizer(self, make: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:
         """The optimizer that `make` makes, its state shared out among the ranks if the kind is zero1."""
         made = make()

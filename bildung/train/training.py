@@ -13,7 +13,7 @@ import torch
 
 from bildung.core.errors import DataError, SettingsError, TrainingError
 from bildung.core.operation import Job
-from bildung.core.settings import settings
+from bildung.core.settings import as_dict, settings
 from bildung.data.bucketing import Bucketed
 from bildung.model.base import CausalLM
 from bildung.model.linear import Dense
@@ -24,6 +24,7 @@ from bildung.train.overfitting import overfitting
 from bildung.train.paged import PagedAdamW
 from bildung.train.parallel import Kind, Parallel, held_bytes
 from bildung.train.regularise import add_gradient_noise, add_l1, neftune
+from bildung.train.watch import watches
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -52,8 +53,14 @@ class Training:
     seed: int = 0  # decides the first values, the order of the data, and dropout
     evaluate_every: int = 0  # steps between measurements of the held-out loss
     patience: int | None = None  # stop after so many measurements without a lower loss, and keep the best weights
+    spike: float | None = None  # skip steps whose gradient is so many times as large as the median of the last 50
     checkpoint_every: int = 10  # steps between checkpoints; a killed run goes on from the last
+    keep_last: int = 1  # newest checkpoints to keep until the run is done; the one with the lowest held-out loss stays
+    async_checkpoints: bool = True  # a thread writes a copy of the state while training goes on
     tensorboard: Path | None = None  # folder for TensorBoard's event files
+    wandb: str | None = None  # project at Weights & Biases that gets the log
+    mlflow: str | None = None  # MLflow experiment that gets the log
+    rank_timeout: float = 1800.0  # seconds after which a rank that does not answer is given up
     parallel: Kind = "none"  # how the processes that torchrun started share the work (see train/parallel.py)
     offload: bool = False  # keep shards in host memory between uses (zero2, zero3, hybrid)
 
@@ -64,9 +71,10 @@ def check_ranges(given: Training) -> None:
     A clip of 0 would learn nothing, a negative one climb the loss, and neither would say so.
     """
     for names, fits, allowed in (
-        ("steps batch_size micro_steps patience", lambda number: number >= 1, "at least 1"),
+        ("steps batch_size micro_steps patience keep_last", lambda number: number >= 1, "at least 1"),
         ("epochs learning_rate clip", lambda number: 0 < number < math.inf, "above 0 and finite"),
-        ("page_budget", lambda number: 0 < number < math.inf, "above 0 and finite"),
+        ("page_budget rank_timeout", lambda number: 0 < number < math.inf, "above 0 and finite"),
+        ("spike", lambda number: 1 < number < math.inf, "above 1 and finite"),
         ("weight_decay l1 gradient_noise neftune", lambda number: 0 <= number < math.inf, "at least 0 and finite"),
         ("held_out evaluate_every checkpoint_every", lambda number: number >= 0, "at least 0"),
         ("warmup", lambda number: 0 <= number <= 1, "between 0 and 1, a share of the steps"),
@@ -129,6 +137,28 @@ def steps_of(given: Training, batches_per_epoch: float) -> int:
     return math.ceil(batches_per_epoch / given.micro_steps * (1 if given.epochs is None else given.epochs))
 
 
+def fit_options(job: Job, given: Training, steps: int) -> dict[str, Any]:
+    """What the settings tell `fit`, whatever is trained."""
+    return {
+        "steps": steps,
+        "micro_steps": given.micro_steps,
+        "schedule": schedule(given.schedule, steps, round(given.warmup * steps)),
+        "clip": given.clip,
+        "spike": given.spike,
+        "seed": given.seed,
+        "evaluate_every": given.evaluate_every,
+        "patience": given.patience,
+        "out": job.out,
+        "checkpoint_every": given.checkpoint_every,
+        "keep_last": given.keep_last,
+        # Pages of optimizer state are on the disk because memory is short: no copy of them is made.
+        "async_checkpoints": given.async_checkpoints and given.optimizer != "paged_adamw",
+        "watch": watches(given, job.out, job.operation, as_dict(given)),
+        "rank_timeout": given.rank_timeout,
+        "title": job.operation,
+    }
+
+
 def run(
     job: Job,
     model: Any,
@@ -180,20 +210,10 @@ def run(
             batch_at,
             objective,
             optimizer,
-            steps=steps,
-            micro_steps=given.micro_steps,
-            schedule=schedule(given.schedule, steps, round(given.warmup * steps)),
-            clip=given.clip,
-            seed=given.seed,
             evaluate=evaluate if held_out else None,
-            evaluate_every=given.evaluate_every,
-            patience=given.patience,
-            out=job.out,
-            checkpoint_every=given.checkpoint_every,
-            tensorboard=given.tensorboard,
-            title=job.operation,
             parallel=parallel,
             carried=carried,
+            **fit_options(job, given, steps),
         )
     if given.parallel != "none":
         job.measured["held_bytes_per_rank"] = held_bytes(model, optimizer)
@@ -202,10 +222,10 @@ def run(
         job.measured["optimizer_resident_bytes"] = optimizer.peak_resident_bytes
     parallel.finish()
     job.tokens_seen, job.trained_tokens = history.tokens_seen, history.trained_tokens
-    job.notes += notes
+    job.notes += [*notes, *history.notes]
     job.measured |= {"trainable_parameters": trainable, "epochs": history.steps / one_pass, **history.summary()}
     if said := overfitting(history.rows):
         job.notes.append(said)
-    if history.steps < steps:
+    if given.patience and history.waited >= given.patience:
         job.notes.append(f"stopped after step {history.steps} of {steps}: the held-out loss fell no further")
     return history

@@ -126,11 +126,11 @@ def test_a_killed_run_ends_in_the_same_result(tiny_lm_directory, tmp_path, given
     def dies(model, answers):
         calls.append(1)
         if len(calls) > 5:
-            raise MemoryError("killed")
+            raise InterruptedError("killed")
         return real(model, answers)
 
     monkeypatch.setattr(module, "policy_logprobs", dies)
-    with pytest.raises(MemoryError):
+    with pytest.raises(InterruptedError):
         dpo(tiny_lm_directory, tmp_path / "cut", Settings(**given))
     assert not (tmp_path / "cut").exists()
     monkeypatch.setattr(module, "policy_logprobs", real)
@@ -148,11 +148,11 @@ def test_after_a_kill_the_reference_is_not_scored_again(tiny_lm_directory, tmp_p
     def dies(model, answers):
         scored.append(len(answers.batch.tokens_BL))
         if len(scored) == 3:
-            raise MemoryError("killed")
+            raise InterruptedError("killed")
         return whole(model, answers)
 
     monkeypatch.setattr(module, "without_delta", lambda name: dies)
-    with pytest.raises(MemoryError):
+    with pytest.raises(InterruptedError):
         dpo(tiny_lm_directory, tmp_path / "cut", Settings(**given))
     kept = tmp_path / "cut.partial" / ".reference.jsonl"
     assert len(kept.read_text().splitlines()) == 4, "two batches of two pairs were scored"

@@ -75,11 +75,18 @@ def main(out: Path) -> None:
                 save_file({n: p.detach().clone() for n, p in model.named_parameters()}, out / f"{name}.safetensors")
                 (out / f"{name}.json").write_text(json.dumps(measured))
     # A run that is broken off here is gone on with on another number of ranks.
-    if several:
-        train("zero3", out / "broken_off", steps=3)
-        train("zero1", out / "broken_off_zero1", steps=3)
-        dist.barrier()
-        dist.destroy_process_group()
+    if not several:
+        for name in ("one_then_zero1", "one_then_zero3"):
+            train("none", out / name, steps=3)
+        return
+    for kind in kinds:
+        train(kind, out / f"broken_off_{kind}", steps=3)
+    for name in ("zero1", "zero3"):
+        model, _ = train(name, out / f"one_then_{name}")
+        if ranks.rank() == 0:
+            save_file({n: p.detach().clone() for n, p in model.named_parameters()}, out / f"resumed_{name}.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

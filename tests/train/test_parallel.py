@@ -57,13 +57,31 @@ def test_bytes_held_follow_the_textbook(runs: Path) -> None:
         assert held[kind]["weights"] == pytest.approx(alone["weights"] / 2, rel=0.1)
 
 
-@pytest.mark.parametrize("folder", ["broken_off", "broken_off_zero1"])
-def test_one_process_goes_on_where_two_stopped(runs: Path, folder: str) -> None:
-    model, measured = parallel_run.train("none", runs / folder)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_process_goes_on_where_two_stopped(runs: Path, kind: str) -> None:
+    model, measured = parallel_run.train("none", runs / f"broken_off_{kind}")
     whole = load_file(runs / "none.safetensors")
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), whole[name], atol=1e-6, rtol=0)
     assert len(measured["losses"]) == parallel_run.STEPS
+
+
+@pytest.mark.parametrize("kind", ["zero1", "zero3"])
+def test_two_go_on_where_one_process_stopped(runs: Path, kind: str) -> None:
+    alone, resumed = load_file(runs / "none.safetensors"), load_file(runs / f"resumed_{kind}.safetensors")
+    for name in alone:
+        torch.testing.assert_close(resumed[name], alone[name], atol=1e-6, rtol=0)
+
+
+def test_each_rank_writes_what_it_holds(runs: Path) -> None:
+    """Of the last checkpoint: with zero3 half of everything, with zero1 half of the optimizer's state."""
+    sizes = {}
+    for kind in ("zero1", "zero3"):
+        (place,) = (runs / f"one_then_{kind}").glob(".checkpoint-*")
+        sizes[kind] = [(place / f"part-{rank}.safetensors").stat().st_size for rank in range(2)]
+    weights = json.loads((runs / "none.json").read_text())["weights"]
+    assert sizes["zero3"] == pytest.approx([1.5 * weights] * 2, rel=0.25)
+    assert sizes["zero1"] == pytest.approx([2 * weights, weights], rel=0.25)
 
 
 def test_what_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -190,9 +190,9 @@ def test_killed_and_run_again_it_ends_the_same(tiny_lm_directory, given, tmp_pat
     settings = Settings(**{**given, "steps": 5}, dropout=0.2, checkpoint_every=2)
     lora(tiny_lm_directory, tmp_path / "whole", settings)
     script = "import os, signal, sys; from pathlib import Path; from bildung.core.settings import resolve\n"
-    script += "from bildung.train import fit; from bildung.tune.lora import Settings, lora\n"
-    script += "import json; step = fit._Run.step\n"
-    script += "fit._Run.step = lambda self, n: os.kill(os.getpid(), signal.SIGKILL) if n == 3 else step(self, n)\n"
+    script += "from bildung.train.step import Stepper; from bildung.tune.lora import Settings, lora\n"
+    script += "import json; take = Stepper.take\n"
+    script += "Stepper.take = lambda s, n, r: os.kill(os.getpid(), signal.SIGKILL) if n == 3 else take(s, n, r)\n"
     script += "lora(Path(sys.argv[1]), Path(sys.argv[2]), resolve(Settings, json.loads(sys.argv[3])))"
     from bildung.core.settings import as_dict
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -30,12 +31,28 @@ T = TypeVar("T")
 
 def _as_json(given: Any) -> Any:
     """A mapping, its YAML, or a file of it, as JSON text: the record then holds the keys themselves."""
+    text = given
     if isinstance(given, str):
-        is_file = given.endswith((".json", ".yaml", ".yml"))
-        given = yaml.safe_load(Path(given).read_text(encoding="utf-8") if is_file else given)
+        try:
+            if given.endswith((".json", ".yaml", ".yml")):
+                text = Path(given).expanduser().read_text(encoding="utf-8")
+            given = yaml.safe_load(text)
+        except OSError as error:
+            raise ValueError(f"{given} cannot be read: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeError) as error:
+            raise ValueError(f"{str(given)[:80]!r} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
     if not isinstance(given, Mapping):
         raise ValueError(f"the keys of a config.json are expected, as a mapping; {str(given)[:80]!r} is none")
-    return json.dumps(given, sort_keys=True)
+    return json.dumps(_with_numbers(given), sort_keys=True, default=str)
+
+
+def _with_numbers(given: Any) -> Any:
+    """YAML takes 1e-5, without a point, for a word."""
+    if isinstance(given, Mapping):
+        return {str(key): _with_numbers(value) for key, value in given.items()}
+    if isinstance(given, list):
+        return [_with_numbers(value) for value in given]
+    return float(given) if isinstance(given, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", given) else given
 
 
 Keys = Annotated[str, BeforeValidator(_as_json)]

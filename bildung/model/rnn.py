@@ -47,6 +47,7 @@ class RecurrentConfig(BaseConfig):
     hidden_dropout: float = 0.0
     output_dropout: float = 0.0
     weight_drop: float = 0.0
+    embed_scale: float = 1.0
     recurrent_scale: float = 1.0
     forget_bias: float = 1.0
 
@@ -143,7 +144,7 @@ class RecurrentLM(CausalLM):
         state = self.kv_cache(tokens_BL.shape[0], L) if kv_cache is None else kv_cache
         sequences = Sequences((tokens_BL.shape[0], L), keep_BL, segments_BL)
         config = self.config
-        x = self.taps("embed", self.model.embed_tokens(tokens_BL).to(self.dtype))
+        x = self.taps("embed", config.embed_scale * self.model.embed_tokens(tokens_BL).to(self.dtype))
         x = locked_dropout(x, config.embed_dropout, self.training)
         after: list[State] = []
         for number, layer in enumerate(self.model.layers):

@@ -296,6 +296,14 @@ def test_the_lens_reads_every_layer_and_the_last_is_the_prediction() -> None:
     assert apart(lens_logits(model, seen["layers.0.resid_post"]), logits) > 1e-3
 
 
+def test_token_vectors_are_scaled_on_the_way_in_only() -> None:
+    model = model_of("gru", embed_scale=3.0)
+    with observe(model, "embed") as seen:
+        model(tokens())
+    assert torch.equal(seen["embed"], 3.0 * model.model.embed_tokens.weight[tokens()])
+    assert torch.equal(model.lm_head.weight(), model.model.embed_tokens.weight)
+
+
 def test_stated_starting_weights() -> None:
     layer = model_of("lstm").model.layers[1]
     assert torch.equal(layer.input_proj.bias, torch.tensor([0.0, 1.0, 0.0, 0.0]).repeat_interleave(24))

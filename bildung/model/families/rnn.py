@@ -10,6 +10,8 @@ No other library knows this `model_type`, so this is its documentation. config.j
     embed_dropout, hidden_dropout (between layers), output_dropout      locked: one mask for all tokens of a row
     weight_drop         DropConnect on the recurrent matrices (Merity et al. 2017: .5)
     initializer_range   standard deviation of the embeddings at the start (default 0.1)
+    embed_scale         factor on token vectors before the first layer (default 1.0). A tied matrix starts small, to be a
+                        good unembedding; multiplied by 1 / initializer_range its vectors are inputs of size 1
     recurrent_scale     size of every eigenvalue of W_hh at the start (default 1.0)
     forget_bias         of an LSTM at the start (default 1.0)
     bos_token_id, eos_token_id, pad_token_id
@@ -44,6 +46,7 @@ def config(keys: ConfigKeys) -> RecurrentConfig:
         output_dropout=keys.number("output_dropout", 0.0),
         weight_drop=keys.number("weight_drop", 0.0),
         initializer_range=keys.number("initializer_range", 0.1),
+        embed_scale=keys.number("embed_scale", 1.0),
         recurrent_scale=keys.number("recurrent_scale", 1.0),
         forget_bias=keys.number("forget_bias", 1.0),
         **keys.special_tokens(),

@@ -154,7 +154,12 @@ def processor_for(config: ModelConfig) -> ImageProcessor:
 def loaded(path: Path, settings: Settings) -> LanguageModel:
     """The source's model in float32. Raises SettingsError, DataError and TrainingError when it cannot be trained so."""
     if settings.model is not None:
-        raise SettingsError(f"{path} holds a model; `model` is for a new one, from {NOTHING!r}. Leave it out.")
+        there = path.is_file() or (path / "config.json").exists()
+        raise SettingsError(
+            f"{path} holds a model; `model` is for a new one, from {NOTHING!r}. Leave it out."
+            if there
+            else f"{path} holds no model to go on from; for a new one, give {NOTHING!r} in its place."
+        )
     lm = load(path, "float32")
     if lm.config.kind != "vision":
         raise DataError(f"{path} is a {lm.config.model_type}, which does not read images.")

@@ -182,6 +182,8 @@ def test_sources_that_do_not_fit(trained: Path, tiny_lm_directory: Path, bars: P
         image(tiny_lm_directory, tmp_path / "out", settings(bars, model=None))
     with pytest.raises(SettingsError, match="holds a model; `model` is for a new one"):
         image(trained, tmp_path / "out", settings(bars))
+    with pytest.raises(SettingsError, match="holds no model to go on from; for a new one, give 'nothing'"):
+        image(bars, tmp_path / "out", settings(bars))
     (tmp_path / "owls" / "owl").mkdir(parents=True)
     Image.new("L", (12, 12)).save(tmp_path / "owls" / "owl" / "1.png")
     with pytest.raises(DataError, match=r"label 'owl' is none of the 2 classes .across, down."):

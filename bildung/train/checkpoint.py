@@ -40,7 +40,8 @@ from bildung.core.staging import to_disk
 from bildung.train import optimizer_state
 from bildung.train.parts import Parts, held, is_mine_to_write, local, write
 
-NAME, NUMBERS, BEING_WRITTEN, DAMAGED = ".checkpoint-", "state.json", ".checkpoint-being-written", ".damaged-"
+NAME, NUMBERS, DAMAGED = ".checkpoint-", "state.json", ".damaged-"
+BEING_WRITTEN, BEING_REMOVED = ".checkpoint-being-written", ".checkpoint-being-removed"
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -167,12 +168,19 @@ class Checkpoints:
             files = {one["name"]: one["sha256"] for one in all_told}
             _write_state(being_written / NUMBERS, {"counters": counters, "optimizer": merged, "files": files})
             to_disk(being_written)
-            shutil.rmtree(place, ignore_errors=True)
+            if place.exists():
+                self._remove(place)
             being_written.rename(place)
             to_disk(self.out)
             for older in all_in(self.out)[: -self.keep_last]:
                 if step_of(older) != counters.get("best_step"):
-                    shutil.rmtree(older)
+                    self._remove(older)
+
+    def _remove(self, place: Path) -> None:
+        """Rename first: a kill must not leave half a checkpoint under the name of a whole one."""
+        shutil.rmtree(self.out / BEING_REMOVED, ignore_errors=True)
+        place.rename(self.out / BEING_REMOVED)
+        shutil.rmtree(self.out / BEING_REMOVED)
 
     def load(self) -> tuple[dict[str, Any] | None, dict[str, Tensor], list[str]]:
         """Put the newest whole state into model, optimizer and `carried`: (counters, best, what was wrong with newer

@@ -62,6 +62,10 @@ class DecoderState(RecurrentState):
         super().select(rows_B)
         self.fed_BD = self.fed_BD.index_select(0, rows_B)
 
+    def detach(self) -> None:
+        super().detach()
+        self.fed_BD = self.fed_BD.detach()
+
 
 class AttentionDecoder(nn.Module):
     """Embedding (the encoder's too), recurrent layers, attention, and the output."""

@@ -41,8 +41,9 @@ class Carry:
         if not batch.first:
             self._recall(state)
         h_BLD = model.hidden(inputs_BL, kv_cache=state)
+        state.detach()
         for layer, parts in enumerate(state.layers):
-            self.carried.update({f"{layer}.{number}": one.detach() for number, one in enumerate(parts)})
+            self.carried.update({f"{layer}.{number}": one for number, one in enumerate(parts)})
         nll_N = surprisal(model, h_BLD.flatten(0, 1), targets_BL.flatten())
         return LossSum(nll_N.sum(), nll_N.numel())
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 import bildung
+from bildung.align.dpo import Settings as Dpo
+from bildung.align.dpo import dpo
 from bildung.compress.quantize import Settings as Quantize
 from bildung.compress.quantize import quantize
 from bildung.evaluate.card import CardSettings
@@ -52,6 +55,11 @@ def test_a_life(cell: str, tmp_path: Path) -> None:
         base = bildung.load(tmp_path / "base", "float32").model(tokens)
     assert (adapted - merged).abs().max() < 1e-4 < (adapted - base).abs().max()
     full(tmp_path / "merged", tmp_path / "full", Full(**data, precision="bf16"))
+    pairs = [{"prompt": f"{i}?", "chosen": "yes indeed", "rejected": "no"} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    judged = {**data, "data": str(tmp_path / "pairs.jsonl"), "batch_size": 2}
+    aligned = dpo(tmp_path / "merged", tmp_path / "dpo", Dpo(**judged))
+    assert abs(aligned.measured["loss_at_start"] - math.log(2)) < 1e-4
     for method in ("int8", "nf4"):
         quantize(tmp_path / "merged", tmp_path / method, Quantize(method=method, card=CARD))
     assert evaluate(tmp_path / "nf4", tmp_path / "measured", Evaluate(card=CARD)).after["tasks"]["prose"]["value"] > 0

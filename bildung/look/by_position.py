@@ -45,7 +45,7 @@ class Settings:
     skip: int = 0  # so many documents at the start are left out: those that the models were trained on
     others: tuple[Path, ...] = ()  # the models to compare the source with
     length: int = 256  # tokens of each piece of text
-    rows: int = 64  # how many pieces
+    rows: int = 128  # how many pieces
     trained: int | None = None  # length that the models were trained on; default: max_length of the source's record
     bins: int = 32  # points of each curve: positions are averaged in so many groups
     title: str = ""  # above the picture
@@ -153,16 +153,16 @@ def _check_reads_alike(first: LanguageModel, lm: LanguageModel, tokens_RL: Tenso
 
 
 def draw(curves: Sequence[Curve], length: int, trained: int, path: Path, title: str = "") -> None:
-    """One picture, a line per model. One that leaves it is wrong by more than any model within the trained length."""
+    """One picture, a line per model. A line that is far above the others is left out of it, and its number said."""
     bins = max(len(one.loss) for one in curves)
     places = [(i + 0.5) * length / bins for i in range(bins)]
-    inside = max(1, int(trained / length * bins))
-    low, high = min(min(one.loss) for one in curves), max(max(one.loss[:inside]) for one in curves)
-    top = max(high, low + 1.0) + 0.4
+    low = min(min(one.loss) for one in curves)
+    near = [max(one.loss) for one in curves if max(one.loss) < low + 1.2]
+    top = max(near, default=low + 1.0) + 0.15
     lines = {}
     for one in curves:
         name = one.name if len(one.loss) == bins else f"{one.name} (ends)"
-        lines[f"{name} ↑" if one.loss[-1] > top else name] = (places[: len(one.loss)], one.loss)
+        lines[f"{name} ↑ {one.loss[-1]:.1f}" if one.loss[-1] > top else name] = (places[: len(one.loss)], one.loss)
     panel = Panel(
         title,
         "position: tokens read before",

@@ -168,8 +168,7 @@ def _measure(lm: LanguageModel, settings: CardSettings, tasks: list[Task], skipp
     with evaluating(lm.model, getattr(torch, settings.dtype)):
         measured = _score_tasks(lm, settings, [task for task in tasks if not task.generates])
         measured |= {task.name: _generate_task(lm, task) for task in tasks if task.generates}
-        prompts = [chat_prompt(lm.tokenizer, prompt) for prompt in settings.sample_prompts]
-        texts = answers(lm, prompts, settings.sample_tokens)
+        samples, too_long = _samples(lm, settings)
     entries: dict[str, Any] = {}
     skipped = {**skipped, **{task.name: "nothing of it can be scored" for task in tasks if not measured[task.name]}}
     for task in [task for task in tasks if measured[task.name]]:
@@ -182,11 +181,9 @@ def _measure(lm: LanguageModel, settings: CardSettings, tasks: list[Task], skipp
     return {
         "fingerprint": fingerprint(lm, settings, tasks),
         "tasks": entries,
-        "samples": [
-            {"prompt": prompt, "answer": text} for prompt, text in zip(settings.sample_prompts, texts, strict=True)
-        ],
+        "samples": samples,
         "skipped": skipped,
-        "notes": [note for task in tasks for note in task.notes],
+        "notes": [*(note for task in tasks for note in task.notes), *too_long],
         "dtype": settings.dtype,
         "template": lm.tokenizer.template_hash,
         "bos": lm.tokenizer.uses_bos,
@@ -221,10 +218,29 @@ def _score_tasks(lm: LanguageModel, settings: CardSettings, tasks: list[Task]) -
     return measured
 
 
+def _samples(lm: LanguageModel, settings: CardSettings) -> tuple[list[dict[str, str]], list[str]]:
+    """Answers for people to read, and a note where a prompt and its answer are longer than the model's context."""
+    encoded = [(prompt, chat_prompt(lm.tokenizer, prompt)) for prompt in settings.sample_prompts]
+    room = lm.config.max_position_embeddings - settings.sample_tokens
+    fitting = [(prompt, ids) for prompt, ids in encoded if len(ids) <= room]
+    texts = answers(lm, [ids for _, ids in fitting], settings.sample_tokens)
+    left_out = len(encoded) - len(fitting)
+    note = (
+        f"samples: {left_out} of {len(encoded)} prompts and {settings.sample_tokens} new tokens exceed the context of "
+        f"{lm.config.max_position_embeddings}"
+    )
+    made = [{"prompt": prompt, "answer": text} for (prompt, _), text in zip(fitting, texts, strict=True)]
+    return made, [note] if left_out else []
+
+
 def _generate_task(lm: LanguageModel, task: Task) -> list[dict[str, Item]]:
-    """Items of a task whose answers the model writes."""
+    """Items of a task whose answers the model writes; questions too long for the model's context are left out."""
     how = task.file.generation_kwargs
     until = (how.until,) if isinstance(how.until, str) else how.until or (task.file.fewshot_delimiter,)
-    prompts = [lm.tokenizer.encode(question.context) for question in task.questions]
-    texts = answers(lm, prompts, how.max_gen_toks, until)
-    return [measure_answer(task, question, text) for question, text in zip(task.questions, texts, strict=True)]
+    room = lm.config.max_position_embeddings - how.max_gen_toks
+    encoded = [(question, lm.tokenizer.encode(question.context)) for question in task.questions]
+    fitting = [(question, ids) for question, ids in encoded if len(ids) <= room]
+    if left_out := len(encoded) - len(fitting):
+        task.notes.append(f"{task.name}: {left_out} of {len(encoded)} exceed the context with their answers")
+    texts = answers(lm, [ids for _, ids in fitting], how.max_gen_toks, until)
+    return [measure_answer(task, question, text) for (question, _), text in zip(fitting, texts, strict=True)]

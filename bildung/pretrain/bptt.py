@@ -23,7 +23,7 @@ from bildung.data.streams import Streams
 from bildung.data.token_files import DONE, TokenRows
 from bildung.model.store import write_model
 from bildung.pretrain.birth import Birth, begin
-from bildung.pretrain.causal import held_out_figures
+from bildung.pretrain.causal import held_out_figures, shown
 from bildung.pretrain.tokenize import encode, held_out_texts
 from bildung.train.carry import Carry
 from bildung.train.fit import mean_loss
@@ -76,6 +76,7 @@ def bptt(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
             # A piece's first token is given, not predicted: its bytes do not count.
             bytes_ = sum(len(lm.tokenizer.decode(one.tokens[1:], skip_special=True).encode()) for one in held)
             job.measured |= held_out_figures(final, train, held, bytes_, lm.config.vocab_size, settings.baseline_order)
+            print(shown(job.measured))
         job.measured["tokens_per_epoch"] = len(tokens)
         lm.model.compute_dtype = None
         write_model(lm, job.out)

@@ -36,7 +36,8 @@ from bildung.evaluate.ngram import KneserNey
 from bildung.model.store import LanguageModel, write_model
 from bildung.pretrain.birth import Birth, begin
 from bildung.pretrain.tokenize import encode, held_out_texts
-from bildung.run.generate import generate
+from bildung.run.generate import encode_prompt, generate
+from bildung.run.loop import check
 from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.fit import mean_loss
 from bildung.train.loss import LossSum
@@ -72,6 +73,8 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
 
     def work(job: Job) -> None:
         lm = begin(source, settings, kinds=("decoder", "recurrent"))
+        for prompt in settings.sample_prompts:  # what does not fit is refused before hours of training, not after them
+            check(lm.model, [encode_prompt(lm, prompt)], settings.sample_tokens)
         folders = [_encoded(job, lm, name, number, settings) for number, name in enumerate(parts)]
         weights = list(parts.values())
         texts = [text for folder in folders for text in held_out_texts(folder)]
@@ -95,6 +98,7 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
             train = [piece for one in rows for row in one for piece in row]
             bytes_ = sum(len(lm.tokenizer.decode(_targets(piece), skip_special=True).encode()) for piece in held)
             job.measured |= held_out_figures(final, train, held, bytes_, lm.config.vocab_size, settings.baseline_order)
+            print(shown(job.measured))
         job.measured["tokens_per_epoch"] = sum(one.tokens for one in rows)
         if settings.sample_prompts:
             job.after["samples"] = samples(lm, settings)
@@ -211,6 +215,16 @@ def held_out_figures(
         nats = sum(float(counting.nats([piece.tokens])[1:].sum()) for piece in held)
         found["kneser_ney_bits_per_byte"] = nats / math.log(2) / bytes_
     return found
+
+
+def shown(measured: Mapping[str, Any]) -> str:
+    """The held-out figure beside its baselines, in one line."""
+    baselines = {"each token's share of the training text": measured["unigram_bits_per_byte"]}
+    if "kneser_ney_bits_per_byte" in measured:
+        baselines["Kneser-Ney"] = measured["kneser_ney_bits_per_byte"]
+    said = ", ".join(f"{name}: {bits:.3f}" for name, bits in baselines.items())
+    bits, bytes_ = measured["held_out_bits_per_byte"], measured["held_out_bytes"]
+    return f"held out: {bits:.3f} bits per byte ({said}), {bytes_:,} bytes"
 
 
 def unigram_nats(train: Sequence[Example], held: Sequence[Example], vocab_size: int) -> float:

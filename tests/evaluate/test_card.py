@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,6 +144,14 @@ def test_conversations_that_the_template_refuses_are_counted(tiny_lm):
 
 def test_a_context_longer_than_the_model_is_not_used(tiny_lm):
     assert card(tiny_lm, changed(context=10_000))["tasks"] == card(tiny_lm, changed(context=256))["tasks"]
+
+
+def test_samples_that_exceed_the_models_context_are_left_out_with_a_note(tiny_lm):
+    short = replace(tiny_lm, config=replace(tiny_lm.config, max_position_embeddings=60))
+    short.model.config = short.config
+    made = card(short, changed(tasks=("prose",), sample_prompts=("Sea.", "Sea. " * 60)))
+    assert [sample["prompt"] for sample in made["samples"]] == ["Sea."]
+    assert made["notes"][-1] == "samples: 1 of 2 prompts and 3 new tokens exceed the context of 60"
 
 
 def test_only_the_assistants_tokens_count(tiny_lm, monkeypatch):

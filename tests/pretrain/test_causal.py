@@ -55,15 +55,31 @@ def settings(text: str, **other: object) -> Settings:
     return Settings(**as_given(text, **other))  # type: ignore[arg-type]
 
 
-def test_a_model_is_born_and_beats_the_unigram(tokenizer_directory: Path, text: str, tmp_path: Path) -> None:
+def test_a_model_is_born_and_beats_the_unigram(
+    tokenizer_directory: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "model"
     record = causal(tokenizer_directory, out, settings(text, sample_prompts=("the cat",), sample_tokens=4))
     measured = record.measured
     assert measured["held_out_bits_per_byte"] < measured["unigram_bits_per_byte"] / 2
     assert measured["kneser_ney_bits_per_byte"] < measured["unigram_bits_per_byte"]
+    figures = [
+        measured[name] for name in ("held_out_bits_per_byte", "unigram_bits_per_byte", "kneser_ney_bits_per_byte")
+    ]
+    said = "held out: {:.3f} bits per byte (each token's share of the training text: {:.3f}, Kneser-Ney: {:.3f})"
+    assert said.format(*figures) in capsys.readouterr().out
     assert record.trained_tokens > 0 and record.after["samples"][0]["prompt"] == "the cat"
     lm = bildung.load(out)
     assert lm.config.vocab_size == Tokenizer.load(tokenizer_directory).vocab_size
+
+
+def test_a_sample_that_does_not_fit_is_refused_before_training(
+    tokenizer_directory: Path, text: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    with pytest.raises(SettingsError, match="exceed the model's context of 64"):
+        causal(tokenizer_directory, out, settings(text, sample_prompts=("the cat",), sample_tokens=64))
+    assert not out.exists() and not (tmp_path / "model.partial").exists()
 
 
 def test_training_goes_on_from_a_model(tokenizer_directory: Path, text: str, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# One process per core, each with one thread; a file's tests stay together, for what they share.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: life test test-all check bench clean
 
@@ -15,11 +17,11 @@ life: .venv/.installed
 
 test: .venv/.installed-test check
 	-$(BIN)/bildung nursery smollm2
-	$(BIN)/python -m pytest -m "not slow"
+	$(TEST) -m "not slow"
 
 test-all: .venv/.installed-test check
 	$(BIN)/bildung nursery
-	$(BIN)/python -m pytest
+	$(TEST)
 
 check: .venv/.installed-test
 	$(BIN)/ruff format --check .

@@ -160,7 +160,7 @@ def test_a_model_without_a_head_gets_one(bars: Path, tmp_path: Path) -> None:
         (dict(sizes=(16,), held_out=0), SettingsError, "need images to measure on"),
         (dict(evaluate_every=5, held_out=0), SettingsError, "needs held_out images"),
         (dict(shift=-1), SettingsError, "shift = -1"),
-        (dict(label_smoothing=1.0), SettingsError, "label smoothing"),
+        (dict(label_smoothing=1.0), SettingsError, "label_smoothing"),
         (dict(held_out=120), DataError, "held_out = 120 of 120"),
         (dict(data="no/such/folder"), DataError, "no/such/folder"),
         (dict(image="picture"), DataError, "without 'picture'"),

@@ -11,9 +11,9 @@ import timeit
 import torch
 from torch import Tensor, nn
 
+from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.taps import Taps, observe, sites
-from bildung.model.build import build
 from bildung.model.transformer import Decoder
 
 CONFIG = {

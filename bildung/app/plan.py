@@ -82,13 +82,14 @@ def as_trained(operation: str, source: Path, given: Any) -> tuple[Any, int, int]
 
     from bildung.model.config import from_dict, read_config
     from bildung.model.count import on_paper
+    from bildung.pretrain.birth import config_for
     from bildung.tokens.tokenizer import Tokenizer
 
     if (source / "config.json").exists():
         config = read_config(source)
     elif getattr(given, "model", None) is not None:
         keys = yaml.safe_load(given.model)
-        config = from_dict({"vocab_size": Tokenizer.load(source).vocab_size, **keys})
+        config = from_dict(keys) if operation == "pretrain image" else config_for(Tokenizer.load(source), keys)
     else:
         raise SettingsError(f"{source} holds no model; give model={{...}}, the keys of the config.json of a new one.")
     model: Any = on_paper(config)

@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bildung.core.errors import DataError
 from bildung.model.config import BaseConfig
@@ -142,6 +143,12 @@ class CausalLM(Model):
                 kv_cache=kv_cache,
             )
         )
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether a check may read numbers now. On a GPU it would wait for the device, once per token; under
+    torch.compile, and on fake tensors, which only have shapes, there are no numbers."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
 
 
 def check_tokens(tokens_BL: Tensor) -> int:

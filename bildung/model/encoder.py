@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bildung.core.errors import DataError, ModelFileError
-from bildung.model.base import Model
+from bildung.model.base import Model, can_look
 from bildung.model.config import ModelConfig
 from bildung.model.heads import ClassificationHead, MaskedLMTransform, Pooler
 from bildung.model.linear import Dense, Linear, dense_linear
@@ -73,8 +73,7 @@ class Encoder(Model):
         known = self.config.token_types
         if types_BL is None or known < 2:  # without segment vectors, or with one for all: nothing to choose
             return None
-        on_cpu = types_BL.device.type == "cpu" and not torch.compiler.is_compiling()
-        if on_cpu and int(types_BL.max()) >= known:
+        if can_look(types_BL) and int(types_BL.max()) >= known:
             raise DataError(f"segment {int(types_BL.max())} was given; the model knows segments 0 to {known - 1}.")
         return types_BL
 

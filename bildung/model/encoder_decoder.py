@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bildung.core.errors import DataError
 from bildung.model.attention import Memory
-from bildung.model.base import CausalLM, Model
+from bildung.model.base import CausalLM, Model, can_look
 from bildung.model.config import ModelConfig
 from bildung.model.kv_cache import KVCache
 from bildung.model.layers import Embedding
@@ -62,7 +62,7 @@ class EncoderDecoder(Model):
         """
         positions_BS = None
         if keep_BS is not None:
-            if keep_BS.device.type == "cpu" and not bool(keep_BS.any(dim=1).all()):
+            if can_look(keep_BS) and not bool(keep_BS.any(dim=1).all()):
                 raise DataError("a source without a single real token was given; a decoder has nothing to look at.")
             positions_BS = (keep_BS.cumsum(dim=1) - 1).clamp(min=0)
         return Memory(self.encoder(source_BS, self.dtype, positions_BL=positions_BS, keep_BL=keep_BS), keep_BS)

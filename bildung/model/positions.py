@@ -18,8 +18,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bildung.core.errors import DataError
+from bildung.model.base import can_look
 from bildung.model.config import ModelConfig, Rope
 
 ADDED = ("integer", "sinusoidal", "sinusoidal_halves", "learned")
@@ -40,9 +42,7 @@ class AddedPositions(nn.Module):
     def forward(self, positions_BL: Tensor, dtype: torch.dtype) -> Tensor:
         """Vectors BLD (or 1LD). Raises DataError for a position beyond a learned table."""
         if self.kind == "learned":
-            # (On a GPU the look would wait for the device, once per token.)
-            on_cpu = positions_BL.device.type == "cpu" and not torch.compiler.is_compiling()
-            if on_cpu and int(positions_BL.max()) >= self.limit:
+            if can_look(positions_BL) and int(positions_BL.max()) >= self.limit:
                 raise DataError(
                     f"position {int(positions_BL.max())} is beyond the table of {self.limit} positions "
                     f"(max_position_embeddings); shorten the text, or draw the table out with `bildung tune "
@@ -138,7 +138,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, positions_BL: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos, sin of shape (B, L, 1, H); angles are computed in float32 (bfloat16 cannot count beyond 256)."""
-        if self.rope.kind == "dynamic":
+        if self.rope.kind == "dynamic" and not isinstance(positions_BL, FakeTensor):
             self.frequencies = rope_frequencies(self.rope, self.head_dim, int(positions_BL.max()) + 1)
         if self.frequencies.device != positions_BL.device:
             self.frequencies = self.frequencies.to(positions_BL.device)

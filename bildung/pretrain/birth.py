@@ -106,11 +106,17 @@ def begin(source: Path, given: Birth, *, kinds: Sequence[str]) -> LanguageModel:
 
 def newborn(tokenizer: Tokenizer, keys: dict[str, Any], seed: int) -> LanguageModel:
     """A model with random weights for this tokenizer. Raises ConfigError; TokenizerError for too small a vocabulary."""
+    config = config_for(tokenizer, keys)
+    return LanguageModel(build(config, seed), tokenizer, config)
+
+
+def config_for(tokenizer: Tokenizer, keys: dict[str, Any]) -> Any:
+    """The config of a new model, with what the tokenizer knows filled in. Raises as `newborn`."""
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     known = {name: number for name, number in special.items() if number is not None}
     config = from_dict({"vocab_size": tokenizer.vocab_size, **known, **keys})
     tokenizer.check_fits(config.vocab_size)
-    return LanguageModel(build(config, seed), tokenizer, config)
+    return config
 
 
 def set_aside(items: Sequence[T], count: int, seed: int) -> tuple[list[T], list[T]]:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bildung.model.base import CausalLM
 from bildung.model.count import count, totals
 from bildung.train.objectives import CHUNK_ELEMENTS, surprisal
 
@@ -129,11 +130,23 @@ def saved_bytes(model: Any, rows: int, length: int, dtype: torch.dtype) -> int:
         own.update(parameter.untyped_storage()._cdata for parameter in fake.parameters())
         fake.compute_dtype = dtype
         fake.train()
-        tokens_BL = torch.zeros(rows, length, dtype=torch.long)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            fake.hidden(tokens_BL)
+            read(fake, rows, length)
     model.compute_dtype = before
     return sum(size for size, _ in kept.values())
+
+
+def read(model: Any, rows: int, length: int) -> tuple[Any, Tensor, Tensor]:
+    """(the model that reads, what it reads, final states): random tokens, as source and target of a model that answers
+    sources, or random images."""
+    if model.config.kind == "vision":
+        image = model.config.image
+        pixels_BCHW = torch.randn(rows, image.num_channels, *image.image_size)
+        return model, pixels_BCHW, model.hidden(pixels_BCHW)
+    tokens_BL = torch.randint(0, model.config.vocab_size, (rows, length))
+    if model.config.kind in ("encoder-decoder", "seq2seq"):
+        model = model.given(tokens_BL)
+    return model, tokens_BL, model.hidden(tokens_BL)
 
 
 def _fake_copy(model: Any) -> Any:
@@ -151,18 +164,21 @@ def _fake_copy(model: Any) -> Any:
 
 
 def speed(model: Any, *, rows: int, length: int, seconds: float, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Tokens per second of forward and backward passes on random numbers, after one that warms up."""
+    """Tokens per second of forward and backward passes on random numbers, after one that warms up. (Of an encoder or a
+    model of images without its head, a small part of the work.)"""
     real = copy.deepcopy(model).to_empty(device="cpu")
     with torch.no_grad():
         for parameter in real.parameters():
             parameter.normal_(0.0, 0.02)
     real.compute_dtype = dtype
     real.train()
-    tokens_BL = torch.randint(0, model.config.vocab_size, (rows, length))
-    targets_N = tokens_BL[:, 1:].flatten()
     passes, start = 0, time.monotonic()
     while passes < 2 or time.monotonic() - start < seconds:
-        surprisal(real, real.hidden(tokens_BL)[:, :-1].flatten(0, 1), targets_N).sum().backward()
+        reader, tokens_BL, h_BLD = read(real, rows, length)
+        if isinstance(reader, CausalLM):
+            surprisal(reader, h_BLD[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten()).sum().backward()
+        else:
+            h_BLD.float().square().sum().backward()
         passes += 1
         if passes == 1:
             start = time.monotonic()

@@ -13,7 +13,7 @@ from bildung.core.errors import SettingsError
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.count import on_paper
-from bildung.train.plan import Plan, plan, saved_bytes
+from bildung.train.plan import Plan, plan, saved_bytes, speed
 from tests.train.parallel_run import KEYS
 
 
@@ -40,6 +40,39 @@ def test_what_is_counted_is_what_is_kept(dtype: torch.dtype) -> None:
     counted = saved_bytes(on_paper(from_dict(KEYS)), 3, 40, dtype)
     assert counted == pytest.approx(really_kept(model, 3, 40), rel=0.02)
     assert saved_bytes(model, 6, 40, dtype) == pytest.approx(2 * counted, rel=0.1)
+
+
+SMALL = {"num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24}
+BART = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 1}
+KINDS = {
+    "learned positions": {"model_type": "gpt2", "n_embd": 16, "n_head": 2, "n_layer": 2, "vocab_size": 50},
+    "dynamic rope": {**KEYS, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "encoder": {"model_type": "bert", **SMALL, "vocab_size": 50},
+    "encoder-decoder": {"model_type": "bart", **BART, "decoder_layers": 1, "vocab_size": 50},
+    "recurrent": {"model_type": "rnn", "hidden_size": 16, "vocab_size": 50},
+    "seq2seq": {"model_type": "rnn_seq2seq", "hidden_size": 16, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2},
+    "images": {"model_type": "vit", **SMALL, "image_size": 12, "patch_size": 4},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_is_planned_and_timed(kind: str) -> None:
+    model = on_paper(from_dict(KINDS[kind])).requires_grad_(True)
+    made = plan(model, rows=2, length=10)
+    assert 0 < made.activations < plan(model, rows=6, length=10).activations
+    assert speed(model, rows=2, length=10, seconds=0.01) > 0
+
+
+def test_a_birth_is_planned_with_what_its_tokenizer_knows(  # type: ignore[no-untyped-def]
+    tiny_lm, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny_lm.tokenizer.save(tmp_path)
+    keys = "{model_type: rnn_seq2seq, hidden_size: 8}"
+    run(["plan", "pretrain seq2seq", str(tmp_path), "--given", f"model={keys}", "--seconds", "0"])
+    assert "pretrain seq2seq from" in capsys.readouterr().out
+    keys = "{model_type: vit, image_size: 12, patch_size: 4, hidden_size: 12, num_hidden_layers: 1}"
+    run(["plan", "pretrain image", "nothing", "--given", f"model={keys}", "--seconds", "0"])
+    assert "pretrain image from nothing" in capsys.readouterr().out
 
 
 def test_parts_of_a_full_training() -> None:

@@ -192,12 +192,17 @@ def test_killed_and_run_again_it_ends_the_same(tiny_lm_directory, given, tmp_pat
     script = "import os, signal, sys; from pathlib import Path; from bildung.core.settings import resolve\n"
     script += "from bildung.train.step import Stepper; from bildung.tune.lora import Settings, lora\n"
     script += "import json; take = Stepper.take\n"
-    script += "Stepper.take = lambda s, n, r: os.kill(os.getpid(), signal.SIGKILL) if n == 3 else take(s, n, r)\n"
+    # A thread writes checkpoints: die when that of step 2 is there, not while it is being written.
+    script += "import time; there = Path(sys.argv[2] + '.partial', '.checkpoint-00000002')\n"
+    script += "def die():\n    while not there.exists(): time.sleep(0.01)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    script += "Stepper.take = lambda s, n, r: die() if n == 3 else take(s, n, r)\n"
     script += "lora(Path(sys.argv[1]), Path(sys.argv[2]), resolve(Settings, json.loads(sys.argv[3])))"
     from bildung.core.settings import as_dict
 
     command = [sys.executable, "-c", script, str(tiny_lm_directory), str(tmp_path / "killed")]
-    killed = subprocess.run([*command, json.dumps(as_dict(settings))], env={**os.environ}, capture_output=True)
+    killed = subprocess.run(
+        [*command, json.dumps(as_dict(settings))], env={**os.environ}, capture_output=True, timeout=120
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     assert not (tmp_path / "killed").exists()
     assert (tmp_path / "killed.partial" / ".checkpoint-00000002").exists()

@@ -10,8 +10,8 @@ No other library knows this `model_type`, so this is its documentation. config.j
     embed_dropout, hidden_dropout (between layers), output_dropout      locked: one mask for all tokens of a row
     weight_drop         DropConnect on the recurrent matrices (Merity et al. 2017: .5)
     initializer_range   standard deviation of the embeddings at the start (default 0.1)
-    embed_scale         factor on token vectors before the first layer (default 1.0). A tied matrix starts small, to be a
-                        good unembedding; multiplied by 1 / initializer_range its vectors are inputs of size 1
+    embed_scale         factor on token vectors before the first layer (default 1.0): a tied matrix starts small, to be
+                        a good unembedding; times 1 / initializer_range its vectors are inputs of size 1
     recurrent_scale     size of every eigenvalue of W_hh at the start (default 1.0)
     forget_bias         of an LSTM at the start (default 1.0)
     bos_token_id, eos_token_id, pad_token_id

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
+import uuid
 from typing import Any
 
 
@@ -36,7 +38,37 @@ def join() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(minutes=30))
+    patience = datetime.timedelta(minutes=30)
+    store, _, _ = next(dist.rendezvous("env://", rank(), world_size(), timeout=patience))
+    store = dist.PrefixStore(_name_of_this_attempt(store, patience), store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=patience)
+
+
+def _name_of_this_attempt(store: Any, patience: datetime.timedelta) -> str:
+    """A name that all ranks of this attempt agree on, and none of an earlier one knew.
+
+    torchrun keeps its store over a restart (torch 2.13; pytorch #135712): ranks would read the addresses of those that
+    died, and wait for them for ever. So each rank says hello by a name of its own, and rank 0 answers that name; it
+    goes on answering until all have said that they know, because a hello may be one that was left behind.
+    """
+    own = uuid.uuid4().hex
+    if rank() > 0:
+        store.set(f"hello {rank()}", own)
+        store.wait([f"welcome {own}"], patience)
+        attempt = str(store.get(f"welcome {own}").decode())
+        store.set(f"{attempt} knows {rank()}", "")
+        return attempt
+    until = time.monotonic() + patience.total_seconds()
+    waiting = set(range(1, world_size()))
+    while waiting and time.monotonic() < until:
+        for other in list(waiting):
+            if store.check([f"hello {other}"]):
+                store.set(f"welcome {store.get(f'hello {other}').decode()}", own)
+            if store.check([f"{own} knows {other}"]):
+                waiting.remove(other)
+        time.sleep(0.01)
+    return own
 
 
 def told(value: Any = None) -> Any:

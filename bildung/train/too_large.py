@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -11,7 +11,9 @@ import torch
 from bildung.core.progress import size
 from bildung.model.base import CausalLM
 from bildung.train.parallel import is_shard
-from bildung.train.plan import Plan, plan
+
+if TYPE_CHECKING:
+    from bildung.train.plan import Plan
 
 NAMES = {"AdamW8bit": "adamw_8bit", "Muon": "muon", "Adafactor": "adafactor", "PagedAdamW": "paged_adamw"}
 
@@ -23,6 +25,8 @@ def is_too_large(error: BaseException) -> bool:
 
 def advice(error: BaseException, model: Any, batch: Any, optimizer: torch.optim.Optimizer, micro_steps: int) -> str:
     """What did not fit and which settings would, in words."""
+    from bildung.train.plan import plan  # here: fake tensors take a second to import
+
     said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     tokens_BL = getattr(batch, "tokens_BL", None)
     if tokens_BL is None or not isinstance(model, CausalLM) or any(map(is_shard, model.parameters())):

@@ -174,7 +174,12 @@ def positions_of(keep_BL: Tensor | None) -> Tensor | None:
 
 
 def check(model: CausalLM, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-    """Raises SettingsError or DataError when these prompts cannot be answered."""
+    """Raises SettingsError, DataError or ModelFileError when these prompts cannot be answered."""
+    if not isinstance(model, CausalLM):
+        raise ModelFileError(
+            f"a {model.config.model_type} is of kind {model.config.kind!r}, which does not continue text; decoders and "
+            f"recurrent models do, and encoder-decoders answer a text."
+        )
     if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
         raise SettingsError(f"new_tokens = {new_tokens!r}; it must be a whole number from 1.")
     if not prompts or not all(len(prompt) for prompt in prompts):

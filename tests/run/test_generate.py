@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import bildung
 from bildung.app.cli import main
-from bildung.core.errors import DataError, SettingsError
+from bildung.core.errors import DataError, ModelFileError, SettingsError
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.store import LanguageModel
@@ -21,6 +21,7 @@ from bildung.run.generate import encode_prompt, stream
 from bildung.run.loop import decode
 from bildung.tokens.tokenizer import Tokenizer
 from tests.conftest import CONFIG
+from tests.model.tiny_encoder import tiny_encoder
 
 PROMPT = "The capital of"
 
@@ -91,6 +92,12 @@ def test_what_cannot_be_is_refused(tiny_lm: LanguageModel) -> None:
     if not tiny_lm.tokenizer.encode(""):
         with pytest.raises(DataError, match="prompt is empty"):
             bildung.generate(tiny_lm, "")
+
+
+def test_an_encoder_writes_nothing() -> None:
+    for given in ({}, {"beams": 2}):
+        with pytest.raises(ModelFileError, match="a bert is of kind 'encoder', which does not continue text"):
+            bildung.generate(tiny_encoder(), "the cat", new_tokens=2, **given)
 
 
 def test_one_stop_string_needs_no_list(tiny_lm: LanguageModel) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 OptimizerName = Literal["adamw", "muon", "adafactor", "adamw_8bit", "paged_adamw"]
 Weights = Literal["fp32", "stochastic", "kahan"]
 Schedule = Callable[[int], float]  # step, counted from 0 -> factor of the learning rate
-ScheduleName = Literal["constant", "linear", "cosine", "inverse_sqrt"]
+ScheduleName = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd", "wsd_sqrt"]
 
 
 def adamw(
@@ -146,18 +146,38 @@ def inverse_sqrt(warmup: int = 0) -> Schedule:
     return lambda step: min(rise(step), math.sqrt(top / (step + 1)))
 
 
+def wsd(steps: int, warmup: int = 0, decay: float = 0.2, *, sqrt: bool = False) -> Schedule:
+    """Warmup, stable, decay (Hu et al. 2024, arXiv 2404.06395): 1, then towards 0 over the last `decay` of the steps.
+
+    All that is learned before the decay can be gone on from, with other data or for longer, which a cosine's end cannot.
+    sqrt: 1 - √(share of the decay that is over) instead of a straight line, which ends lower (Hägele et al. 2024, arXiv
+    2405.18392, section 3).
+    """
+    rise, falling = constant(warmup), max(1, round(decay * steps))
+
+    def factor(step: int) -> float:
+        over = max(0.0, min(1.0, (step - (steps - falling)) / falling))
+        return rise(step) * (1 - math.sqrt(over) if sqrt else 1 - over)
+
+    return factor
+
+
 def _left(step: int, steps: int, warmup: int) -> float:
     """1 until the warmup is over, then the share of the remaining steps that is left."""
     return max(0.0, min(1.0, (steps - step) / max(1, steps - warmup)))
 
 
-def schedule(name: ScheduleName, steps: int, warmup: int) -> Schedule:
+def schedule(name: ScheduleName, steps: int, warmup: int, decay: float = 0.2) -> Schedule:
     """One of the above by its name in the settings. Raises SettingsError when the warmup does not fit the steps."""
     if not 0 <= warmup <= steps:
         raise SettingsError(f"warmup {warmup} was given for {steps} steps; allowed: 0 to {steps}.")
+    if name.startswith("wsd") and warmup + round(decay * steps) > steps:
+        raise SettingsError(f"{warmup} steps of warmup and a decay of {decay} are more than all {steps} steps.")
     return {
         "constant": constant(warmup),
         "linear": linear(steps, warmup),
         "cosine": cosine(steps, warmup),
         "inverse_sqrt": inverse_sqrt(warmup),
+        "wsd": wsd(steps, warmup, decay),
+        "wsd_sqrt": wsd(steps, warmup, decay, sqrt=True),
     }[name]

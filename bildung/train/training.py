@@ -40,6 +40,7 @@ class Training:
     learning_rate: float = 2e-4  # at the top of the schedule
     schedule: ScheduleName = "cosine"  # course of the learning rate after the warmup
     warmup: float = 0.03  # share of the steps in which the learning rate rises
+    decay: float = 0.2  # wsd, wsd_sqrt: share of the steps, at the end, in which it falls
     optimizer: OptimizerName = "adamw"  # what turns gradients into steps, and how much it keeps (train/optimizer.py)
     page_budget: float = 256.0  # paged_adamw: megabytes of its state that may be beside the weights
     relative_step: bool = False  # adafactor: learning_rate is a share of each weight's own size, as in its paper
@@ -77,7 +78,7 @@ def check_ranges(given: Training) -> None:
         ("spike", lambda number: 1 < number < math.inf, "above 1 and finite"),
         ("weight_decay l1 gradient_noise neftune", lambda number: 0 <= number < math.inf, "at least 0 and finite"),
         ("held_out evaluate_every checkpoint_every", lambda number: number >= 0, "at least 0"),
-        ("warmup", lambda number: 0 <= number <= 1, "between 0 and 1, a share of the steps"),
+        ("warmup decay", lambda number: 0 <= number <= 1, "between 0 and 1, a share of the steps"),
         ("label_smoothing", lambda number: 0 <= number < 1, "at least 0 and below 1"),
         ("seed", lambda number: -(2**63) <= number < 2**63, "a number of at most 64 bits"),
     ):
@@ -142,7 +143,7 @@ def fit_options(job: Job, given: Training, steps: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "micro_steps": given.micro_steps,
-        "schedule": schedule(given.schedule, steps, round(given.warmup * steps)),
+        "schedule": schedule(given.schedule, steps, round(given.warmup * steps), given.decay),
         "clip": given.clip,
         "spike": given.spike,
         "seed": given.seed,

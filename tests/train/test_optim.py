@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from bildung.core.errors import SettingsError, TrainingError
@@ -46,3 +48,13 @@ def test_the_2017_schedule_is_equation_3():
 def test_a_warmup_longer_than_the_run_is_an_error():
     with pytest.raises(SettingsError, match="0 to 10"):
         schedule("cosine", 10, 11)
+
+
+def test_warmup_stable_decay():
+    line = schedule("wsd", 20, 2, 0.25)
+    assert [line(step) for step in (0, 1, 2, 14, 15)] == [0.5, 1.0, 1.0, 1.0, 1.0]
+    assert [line(step) for step in (16, 17, 18, 19)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    root = schedule("wsd_sqrt", 20, 2, 0.25)
+    assert [root(step) for step in (15, 16, 19)] == pytest.approx([1.0, 1 - math.sqrt(0.2), 1 - math.sqrt(0.8)])
+    with pytest.raises(SettingsError, match="more than all 10 steps"):
+        schedule("wsd", 10, 3, 0.8)

@@ -149,7 +149,7 @@ def inverse_sqrt(warmup: int = 0) -> Schedule:
 def wsd(steps: int, warmup: int = 0, decay: float = 0.2, *, sqrt: bool = False) -> Schedule:
     """Warmup, stable, decay (Hu et al. 2024, arXiv 2404.06395): 1, then towards 0 over the last `decay` of the steps.
 
-    All that is learned before the decay can be gone on from, with other data or for longer, which a cosine's end cannot.
+    What is learned before the decay can be gone on from, with other data or for longer, which a cosine's end cannot.
     sqrt: 1 - √(share of the decay that is over) instead of a straight line, which ends lower (Hägele et al. 2024, arXiv
     2405.18392, section 3).
     """

@@ -36,6 +36,7 @@ from bildung.train.optim import adamw
 ROWS, LENGTH, VOCAB = 4, 256, 8192
 COMMON = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, intermediate_size=1024)
 LLAMA = dict(COMMON, vocab_size=VOCAB, num_key_value_heads=2, max_position_embeddings=512)
+VISION = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6, mlp_ratio=3)
 BART = dict(d_model=384, encoder_layers=3, decoder_layers=3, encoder_attention_heads=6, decoder_attention_heads=6)
 BART |= dict(encoder_ffn_dim=1024, decoder_ffn_dim=1024, vocab_size=VOCAB, max_position_embeddings=512)
 
@@ -61,7 +62,7 @@ PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bart": ("BartConfig", "BartForConditionalGeneration", BART),
     "marian": ("MarianConfig", "MarianMTModel", dict(BART, pad_token_id=0, decoder_start_token_id=0)),
     "vit": ("ViTConfig", "ViTForImageClassification", COMMON),
-    "dinov2": ("Dinov2Config", "Dinov2ForImageClassification", dict(COMMON, mlp_ratio=3)),
+    "dinov2": ("Dinov2Config", "Dinov2ForImageClassification", VISION),
 }
 
 

@@ -11,8 +11,12 @@ any change within a few thousand tokens, where perplexity and accuracy need far 
 in float32, so that the rounding of activations is not counted in.
 
 The directory loads in transformers: nf4 by bitsandbytes and stays 4-bit in memory; int8 by compressed-tensors, which
-makes it dense again while loading: small on disk only. Here, and in vLLM, both stay small. (Of GPT-2 and GPT-NeoX,
-whose files fuse q, k and v, only this library reads the quantized form; the record then says so.)
+makes it dense again while loading: small on disk only. Here, and in vLLM, both stay small. Exceptions:
+
+    GPT-2, GPT-NeoX, ViT, DINOv2   fuse or transpose matrices in their files, or hold a convolution: only this library
+                                   reads the quantized form, others stop at it; the record then says so
+    T5                             transformers wants down_proj dense in nf4 (`--keep down_proj`), and reads no int8
+    encoders with a class head     bitsandbytes' CPU kernel takes no matrix of so few rows: `--keep "classifier.*"`
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from bildung.core.errors import ConfigError, DataError, nearest
 from bildung.model.config import ModelConfig
@@ -51,11 +53,52 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        x = x_BLD.float()
-        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.offset:
-            return (x * (self.offset + self.weight.float())).to(x_BLD.dtype)
-        return x.to(x_BLD.dtype) * self.weight.to(x_BLD.dtype)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the compiler chooses what to keep itself
+            y_BLD: Tensor = _RMS.apply(x_BLD, self.weight, self.eps, self.offset)[0]
+            return y_BLD
+        return _rms_norm(x_BLD, self.weight, self.eps, self.offset)[0]
+
+
+def _rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """(x / rms · weight in x's type, 1 / rms)."""
+    x = x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32))
+    scale_BL1 = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    x = x * scale_BL1 if x is x_BLD else x.mul_(scale_BL1)
+    if offset:
+        return (x * (offset + weight_D.to(x.dtype))).to(x_BLD.dtype), scale_BL1
+    return x.to(x_BLD.dtype) * weight_D.to(x_BLD.dtype), scale_BL1
+
+
+class _RMS(torch.autograd.Function):
+    """`_rms_norm` that keeps x as it is and one number per token. Left to itself, autograd keeps two or three copies of
+    x in float32: of SmolLM2's 61 norms at 2048 tokens, 290 MB.
+
+    With s = 1 / rms, n = x s and g = dy · weight:    dx = s (g - n · mean(g n)),    dweight = Σ dy n
+    """
+
+    @staticmethod
+    def forward(x_BLD: Tensor, weight_D: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+        return _rms_norm(x_BLD, weight_D, eps, offset)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x_BLD, weight_D, _, ctx.offset = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x_BLD, weight_D, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BLD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x_BLD, weight_D, scale_BL1 = ctx.saved_tensors
+        n_BLD, weight = x_BLD * scale_BL1, weight_D.to(scale_BL1.dtype) + ctx.offset
+        dx_BLD = dweight_D = None
+        if ctx.needs_input_grad[1]:
+            dweight_D = (dy_BLD * n_BLD).flatten(0, -2).sum(0).to(weight_D.dtype)
+        if ctx.needs_input_grad[0]:
+            g_BLD = dy_BLD * weight
+            g_BLD.addcmul_(n_BLD, torch.linalg.vecdot(g_BLD, n_BLD)[..., None] / weight.numel(), value=-1)
+            dx_BLD = g_BLD.mul_(scale_BL1).to(x_BLD.dtype)
+        return dx_BLD, dweight_D, None, None
 
 
 class LayerNorm(nn.Module):

@@ -58,7 +58,8 @@ def described(model: Model, dtype: torch.dtype) -> dict[str, object] | None:
     if own := only_here(model):
         _check_whole(model, own)
         return quantized.describe_own(methods.pop(), kept)
-    return quantized.describe(methods.pop(), kept, dtype)
+    table = names.places(model.config)  # others look for these matrices under the names that the family's files have
+    return quantized.describe(methods.pop(), [table[n].name if n in table else n for n in kept], dtype)
 
 
 def only_here(model: Model) -> list[str]:

@@ -20,7 +20,7 @@ from bildung.core.errors import TrainingError
 from bildung.data.streams import Window
 from bildung.model.rnn import RecurrentLM, RecurrentState
 from bildung.train.loss import LossSum
-from bildung.train.objectives import clm, surprisal
+from bildung.train.objectives import clm, surprisal_sum
 
 
 class Carry:
@@ -44,8 +44,7 @@ class Carry:
         state.detach()
         for layer, parts in enumerate(state.layers):
             self.carried.update({f"{layer}.{number}": one for number, one in enumerate(parts)})
-        nll_N = surprisal(model, h_BLD.flatten(0, 1), targets_BL.flatten())
-        return LossSum(nll_N.sum(), nll_N.numel())
+        return LossSum(surprisal_sum(model, h_BLD.flatten(0, 1), targets_BL.flatten()), targets_BL.numel())
 
     def _recall(self, state: RecurrentState) -> None:
         wanted = {f"{layer}.{number}" for layer, parts in enumerate(state.layers) for number in range(len(parts))}

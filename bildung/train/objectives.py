@@ -10,7 +10,8 @@ and 49152 words 400 MB, several times over. And since log p of a row depends on 
 
 so the slope is computed while the chunk's logits are there and scaled when the weights w are known. The same function
 serves the plain sum here and DPO's weighted rows, and the logits are computed once. (Liger and TRL's chunked loss do
-this for the plain sum only.) A trainable unembedding needs its logits a second time, in the backward pass.
+this for the plain sum only.) Where the unembedding trains, the plain sum takes its gradient from the same logits; rows
+of unequal weights need them a second time, in the backward pass.
 
 Label smoothing (Szegedy et al. 2015, arXiv 1512.00567, section 7) takes ε of the target's weight and spreads it evenly
 over all V tokens, the target among them:
@@ -42,8 +43,7 @@ CHUNK_ELEMENTS = 2**23
 def clm(model: CausalLM, batch: Batch, smoothing: float = 0.0) -> LossSum:
     """Sum of -log p(target) over the batch's target tokens. Pretraining and instruction tuning alike: the masks of the
     batch, made in data/examples.py, say what is a target. smoothing: ε of label smoothing, in [0, 1)."""
-    nll_N = target_nll(model, batch, smoothing)
-    return LossSum(nll_N.sum(), nll_N.numel())
+    return sum_at_targets(model, hidden(model, batch), batch, smoothing)
 
 
 def token_logprobs(model: CausalLM, batch: Batch, sequence_BL: Tensor | None = None) -> Tensor:
@@ -56,20 +56,25 @@ def token_logprobs(model: CausalLM, batch: Batch, sequence_BL: Tensor | None = N
     if sequence_BL is None:
         rows = torch.arange(batch.tokens_BL.shape[0], device=batch.tokens_BL.device)
         sequence_BL = rows[:, None].expand_as(batch.tokens_BL)
-    nll_N = target_nll(model, batch)
+    nll_N = nll_at_targets(model, hidden(model, batch), batch)
     sequence_N = sequence_BL[:, 1:][batch.loss_mask_BL[:, 1:]]
     return nll_N.new_zeros(int(sequence_BL.max()) + 1).index_add(0, sequence_N, -nll_N)
 
 
-def target_nll(model: CausalLM, batch: Batch, smoothing: float = 0.0) -> Tensor:
-    """-log p of every target token of the batch, in reading order (N,), float32."""
-    return nll_at_targets(model, hidden(model, batch), batch, smoothing)
+def sum_at_targets(model: CausalLM, h_BLD: Tensor, batch: Batch, smoothing: float = 0.0) -> LossSum:
+    """The surprisal of the batch's targets, of final-norm states of its tokens, summed."""
+    h_ND, targets_N = _targets(h_BLD, batch)
+    return LossSum(surprisal_sum(model, h_ND, targets_N, smoothing), targets_N.numel())
 
 
 def nll_at_targets(model: CausalLM, h_BLD: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
-    """The same of final-norm states of the batch's tokens."""
+    """The same of each target, in reading order (N,), float32."""
+    return surprisal(model, *_targets(h_BLD, batch), smoothing)
+
+
+def _targets(h_BLD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     is_target_BL = batch.loss_mask_BL[:, 1:]  # the state before a target predicts it
-    return surprisal(model, h_BLD[:, :-1][is_target_BL], batch.tokens_BL[:, 1:][is_target_BL], smoothing)
+    return h_BLD[:, :-1][is_target_BL], batch.tokens_BL[:, 1:][is_target_BL]
 
 
 def hidden(model: CausalLM, batch: Batch) -> Tensor:
@@ -92,9 +97,21 @@ def surprisal(model: CausalLM, h_ND: Tensor, targets_N: Tensor, smoothing: float
         chunks = _chunks(h_ND, vocab_size)
         nll = [_nll(model.unembed(h_ND[rows]), targets_N[rows], smoothing)[0] for rows in chunks]
         return torch.cat([h_ND.new_empty(0, dtype=torch.float32), *nll])
-    head = [parameter for parameter in model.lm_head.parameters() if parameter.requires_grad]
-    nll_N: Tensor = _Surprisal.apply(h_ND, targets_N, model.unembed, vocab_size, smoothing, *head)
+    nll_N: Tensor = _Surprisal.apply(h_ND, targets_N, model.unembed, vocab_size, smoothing, *_head(model))
     return nll_N
+
+
+def surprisal_sum(model: CausalLM, h_ND: Tensor, targets_N: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The same, summed: faster where the unembedding trains."""
+    if not torch.is_grad_enabled():
+        return surprisal(model, h_ND, targets_N, smoothing).sum()
+    vocab_size: int = model.config.vocab_size
+    total: Tensor = _SurprisalSum.apply(h_ND, targets_N, model.unembed, vocab_size, smoothing, *_head(model))
+    return total
+
+
+def _head(model: CausalLM) -> list[Tensor]:
+    return [parameter for parameter in model.lm_head.parameters() if parameter.requires_grad]
 
 
 def _chunks(h_ND: Tensor, vocab_size: int) -> Iterator[slice]:
@@ -161,7 +178,42 @@ class _Surprisal(torch.autograd.Function):
                     logits_CV = ctx.unembed(rest[0][rows])
                 logp_CV = _nll(logits_CV.detach(), targets_N[rows], ctx.smoothing)[1]
                 slope_CV = _slope(logp_CV, targets_N[rows], ctx.smoothing)
-                slope_CV = (slope_CV * weight_N[rows, None]).to(logits_CV.dtype)
+                slope_CV = slope_CV.mul_(weight_N[rows, None]).to(logits_CV.dtype)
                 for grad, share in zip(grads, torch.autograd.grad(logits_CV, ctx.head, slope_CV), strict=True):
                     grad += share
         return grad_h_ND, None, None, None, None, *grads
+
+
+class _SurprisalSum(torch.autograd.Function):
+    """Its sum. One factor stands before all slopes, so those of the unembedding too are complete before it is known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        targets_N: Tensor,
+        unembed: Callable[[Tensor], Tensor],
+        vocab_size: int,
+        smoothing: float,
+        *head: Tensor,
+    ) -> Tensor:
+        total = h_ND.new_zeros((), dtype=torch.float32)
+        slope_ND = torch.empty_like(h_ND)
+        grads: list[Tensor] = []
+        for rows in _chunks(h_ND, vocab_size):
+            h_CD = h_ND[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                logits_CV = unembed(h_CD)
+            nll_C, logp_CV = _nll(logits_CV.detach(), targets_N[rows], smoothing)
+            total += nll_C.sum()
+            slope_CV = _slope(logp_CV, targets_N[rows], smoothing).to(logits_CV.dtype)
+            slope_ND[rows], *shares = torch.autograd.grad(logits_CV, (h_CD, *head), slope_CV)
+            grads = [grad.add_(share) for grad, share in zip(grads, shares, strict=True)] if grads else shares
+        ctx.save_for_backward(slope_ND, *(grads or [torch.zeros_like(parameter) for parameter in head]))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+        slope_ND, *grads = (slope.mul_(weight.to(slope.dtype)) for slope in ctx.saved_tensors)
+        return slope_ND, None, None, None, None, *grads

@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bildung.model.base import CausalLM
 from bildung.model.count import count, totals
-from bildung.train.objectives import CHUNK_ELEMENTS, surprisal
+from bildung.train.objectives import CHUNK_ELEMENTS, surprisal_sum
 
 OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw": 0.0, "adamw_8bit": 2.1, "muon": 4.0, "adafactor": 0.1}
 
@@ -176,7 +176,7 @@ def speed(model: Any, *, rows: int, length: int, seconds: float, dtype: torch.dt
     while passes < 2 or time.monotonic() - start < seconds:
         reader, tokens_BL, h_BLD = read(real, rows, length)
         if isinstance(reader, CausalLM):
-            surprisal(reader, h_BLD[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten()).sum().backward()
+            surprisal_sum(reader, h_BLD[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten()).backward()
         else:
             h_BLD.float().square().sum().backward()
         passes += 1

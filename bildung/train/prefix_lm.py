@@ -5,7 +5,7 @@ from __future__ import annotations
 from bildung.data.prefix_lm import PrefixBatch
 from bildung.model.base import CausalLM
 from bildung.train.loss import LossSum
-from bildung.train.objectives import nll_at_targets
+from bildung.train.objectives import sum_at_targets
 
 
 def prefix_lm(model: CausalLM, batch: PrefixBatch, smoothing: float = 0.0) -> LossSum:
@@ -19,5 +19,4 @@ def prefix_lm(model: CausalLM, batch: PrefixBatch, smoothing: float = 0.0) -> Lo
         segments_BL=rows.segments_BL,
         prefix_BL=batch.prefix_BL,
     )
-    nll_N = nll_at_targets(model, h_BLD, rows, smoothing if model.training else 0.0)
-    return LossSum(nll_N.sum(), nll_N.numel())
+    return sum_at_targets(model, h_BLD, rows, smoothing if model.training else 0.0)

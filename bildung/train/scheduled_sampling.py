@@ -17,7 +17,7 @@ Transformer too. The loss is on the true targets always.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -27,7 +27,7 @@ from bildung.core.errors import SettingsError
 from bildung.data.seq2seq import Seq2SeqBatch
 from bildung.model.base import CausalLM
 from bildung.train.loss import LossSum
-from bildung.train.objectives import nll_at_targets
+from bildung.train.objectives import sum_at_targets
 from bildung.train.seq2seq import Givens, seq2seq
 from bildung.train.training import Batches
 
@@ -115,8 +115,8 @@ class ScheduledSampling:
         given = model.given(batch.batch.source_BS, batch.batch.source_keep_BS)
         read_BL = mixed(given, target.tokens_BL, share, self.guesses)
         h_BLD = given.hidden(read_BL)  # the padding is on the right, where nothing looks
-        nll_N = nll_at_targets(given, h_BLD, target, self.smoothing)
-        return LossSum(nll_N.sum(), nll_N.numel(), {"true_share": share * nll_N.numel()})
+        loss = sum_at_targets(given, h_BLD, target, self.smoothing)
+        return replace(loss, metrics={"true_share": share * loss.count})
 
 
 @torch.no_grad()

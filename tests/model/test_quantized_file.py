@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,32 @@ def test_an_adapter_over_a_quantized_fused_base(tmp_path: Path) -> None:
 def test_a_fused_matrix_is_not_quantized_in_part(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"k_proj is dense.*Quantize all of its parts"):
         bildung.save(quantized("gpt2", "int8", "q_proj"), tmp_path / "out")
+
+
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96),
+    "roberta": dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=96, pad_token_id=1),
+    "distilbert": dict(dim=64, n_layers=1, n_heads=4, hidden_dim=96),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ENCODERS)
+def test_matrices_left_dense_are_named_as_others_call_them(family: str, tmp_path: Path) -> None:
+    """Or transformers looks for a quantized unembedding, which is not in the file."""
+    cls = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}[family] + "ForMaskedLM"
+    config = from_dict({"model_type": family, **ENCODERS[family], "vocab_size": 260, "architectures": [cls]})
+    lm = LanguageModel(build(config, 3).eval(), tiny_lm().tokenizer, config)
+    for method in METHODS:
+        other = LanguageModel(build(config, 3).eval(), lm.tokenizer, config)
+        replace_stores(
+            other.model, "all", lambda one, method=method: METHODS[method].quantize(one.base.dense().detach())
+        )
+        out = bildung.save(other, tmp_path / method)
+        said = json.loads((out / "config.json").read_text())["quantization_config"]
+        place = {"bert": "cls.predictions.decoder", "roberta": "lm_head.decoder", "distilbert": "vocab_projector"}
+        assert said["ignore" if method == "int8" else "llm_int8_skip_modules"] == [place[family]]
+        if method == "int8":
+            peer = getattr(transformers, cls).from_pretrained(out)
+            with torch.no_grad():
+                torch.testing.assert_close(peer(TOKENS).logits, other.model(TOKENS), atol=1e-5, rtol=1e-4)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bildung.data.batches import Example, pad, pad_packed
 from bildung.model.linear import LowRank
 from bildung.train import objectives
-from bildung.train.objectives import clm, surprisal, token_logprobs
+from bildung.train.objectives import clm, surprisal, surprisal_sum, token_logprobs
 
 
 @pytest.fixture(params=["one chunk", "chunks of three rows"])
@@ -164,3 +164,41 @@ def test_smoothed_loss_is_least_at_the_smoothed_distribution(make_model):
         -(math.exp(best[0]) * best[0] + (V - 1) * math.exp(best[1]) * best[1]), rel=1e-5
     )
     assert objectives._slope(logp, torch.tensor([7]), eps).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_sum_has_the_gradients_of_the_rows_and_unembeds_once(make_model, chunks, monkeypatch, smoothing):
+    model, h_ND, targets_N = make_model(), torch.randn(7, 24), torch.arange(7)
+    found = []
+    for sums in (False, True):
+        model.zero_grad()
+        h_ND = h_ND.detach().requires_grad_()
+        rows = []
+        with monkeypatch.context() as m:
+            unembed = model.unembed
+            m.setattr(model, "unembed", lambda h, rows=rows, unembed=unembed: rows.append(len(h)) or unembed(h))
+            total = (
+                surprisal_sum(model, h_ND, targets_N, smoothing)
+                if sums
+                else surprisal(model, h_ND, targets_N, smoothing).sum()
+            )
+            (total / 3).backward()
+        found.append((total.detach(), h_ND.grad, model.lm_head.base.weight.grad))
+        assert sum(rows) == (7 if sums else 14)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_sums_gradient_is_handed_out_once(make_model):
+    """It is scaled where it stands; a second time it would be scaled twice."""
+    total = surprisal_sum(make_model(), torch.randn(7, 24), torch.arange(7))
+    (total / 3).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        total.backward()
+
+
+def test_no_target_at_all(make_model):
+    model = make_model()
+    total = surprisal_sum(model, torch.randn(0, 24, requires_grad=True), torch.zeros(0, dtype=torch.long))
+    total.backward()
+    assert total == 0 and not model.lm_head.base.weight.grad.any()

@@ -21,11 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bildung.core.errors import SettingsError
 from bildung.model.config import ModelConfig
 from bildung.model.kv_cache import KVCache
 from bildung.model.layers import norm_from
 from bildung.model.linear import dense_linear, project
 from bildung.model.positions import rotate
+from bildung.model.shifted_attention import shifted_attention
 from bildung.model.taps import Taps
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines
@@ -91,7 +93,8 @@ def make_mask(
     if keep_BS is not None:
         allowed = allowed & keep_BS[:, None, :total]
     if segments_BL is not None:
-        allowed = allowed & (segments_BL[:, :, None] == segments_BL[:, None, :])
+        same = segments_BL[:, :, None] == segments_BL[:, None, :]
+        allowed = allowed & F.pad(same, (past, 0), value=True)  # what was read before all documents is everyone's
     return Mask((allowed | (key_S == query_L1))[:, None], causal=False)
 
 
@@ -113,6 +116,7 @@ class Attention(nn.Module):
         self.sinks_N = nn.Parameter(torch.zeros(config.num_attention_heads)) if config.attention_sinks else None
         self.softcap, self.dropout = config.attention_softcap, config.attention_dropout
         self.scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self.shifted_share: float | None = None  # groups of this share of a row, in training (shifted_attention.py)
         self.taps = taps
         # Names are built once: formatting a string costs four times the idle tap.
         self.q_site, self.k_site, self.v_site, self.scores_site, self.probs_site, self.z_site, self.out_site = (
@@ -136,7 +140,10 @@ class Attention(nn.Module):
     def _attend(self, q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask) -> Tensor:
         B, _, L, _ = q_BNLH.shape
         unusual = self.softcap is not None or self.sinks_N is not None
-        if unusual or self.taps.wanted(self.scores_site, self.probs_site):
+        explicit = unusual or self.taps.wanted(self.scores_site, self.probs_site)
+        if self.shifted_share is not None and self.training:
+            z_BNLH = self._shifted(q_BNLH, k_BKSH, v_BKSH, mask, explicit)
+        elif explicit:
             z_BNLH = self._explicit(q_BNLH, k_BKSH, v_BKSH, mask)
         else:
             z_BNLH = self._kernel(q_BNLH, k_BKSH, v_BKSH, mask)
@@ -165,6 +172,22 @@ class Attention(nn.Module):
             is_causal=mask.causal,
             scale=self.scale,
             enable_gqa=self.group > 1,
+        )
+
+    def _shifted(self, q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask, explicit: bool) -> Tensor:
+        if explicit or mask.bias_BNLS is not None or not (mask.causal or mask.allowed_B1LS is not None):
+            raise SettingsError(
+                "shifted attention is for causal models whose scores nobody asks for and nothing is added to "
+                "(no soft-cap, sink, ALiBi or relative bias)."
+            )
+        group = round(q_BNLH.shape[2] * (self.shifted_share or 1))
+        return shifted_attention(
+            q_BNLH,
+            k_BKSH,
+            v_BKSH,
+            mask.allowed_B1LS,
+            group,
+            lambda q, k, v, allowed, causal: self._kernel(q, k, v, Mask(allowed, causal)),
         )
 
     def _explicit(self, q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask) -> Tensor:

@@ -42,10 +42,8 @@ def settings(data: str, **given: Any) -> Settings:
 def short(tiny_lm: LanguageModel, tmp_path: Path) -> Path:
     """The tiny model, of 32 tokens of context."""
     raw = {**tiny_lm.config.raw, "max_position_embeddings": 32}
-    config = bildung.model.config.from_dict(raw)
-    return bildung.save(
-        LanguageModel(bildung.model.build.build(config, 0), tiny_lm.tokenizer, config), tmp_path / "short"
-    )
+    config = from_dict(raw)
+    return bildung.save(LanguageModel(build(config, 0), tiny_lm.tokenizer, config), tmp_path / "short")
 
 
 @pytest.mark.parametrize("scaling", ["linear", "yarn"])

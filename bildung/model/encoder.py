@@ -42,6 +42,8 @@ class Encoder(Model):
         self.classifier = ClassificationHead(config, config.num_labels, act) if kind else None
         self.tagger = ClassificationHead(config, config.num_labels) if "tag" in heads else None
         self.sites = {**stack_sites(config), **({"logits": "B L V"} if "mlm" in heads else {})}
+        if kind:
+            self.sites |= {"pooled": "B D", "class_logits": "B C"}
         self.name_linears()
 
     def hidden(
@@ -114,8 +116,8 @@ class Encoder(Model):
         if self.classifier is None:
             raise self._lacks("classify")
         by_pooler = "classify" in self.config.heads  # BERT; the other families' heads read the first token themselves
-        logits_BC: Tensor = self.classifier(self.pooled(h_BLD) if by_pooler else h_BLD[:, 0])
-        return logits_BC
+        h_BD = self.taps("pooled", self.pooled(h_BLD) if by_pooler else h_BLD[:, 0])
+        return self.taps("class_logits", self.classifier(h_BD))
 
     def tag(self, h_BLD: Tensor) -> Tensor:
         """Logits BLC of every token's class."""

@@ -17,6 +17,7 @@ import copy
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +52,17 @@ class Taps:
         """Whether anybody listens at one of the sites (attention then takes its explicit path)."""
         return bool(self.listeners) and any(site in self.listeners for site in sites)
 
+    @contextmanager
+    def attached_only(self) -> Iterator[None]:
+        """Only attached modules work inside the block; who observes or intervenes does not see what runs there."""
+        before = self.listeners
+        kept = {site: tuple(tap for tap in taps if _is_attached(tap)) for site, taps in before.items()}
+        self.listeners = {site: taps for site, taps in kept.items() if taps}
+        try:
+            yield
+        finally:
+            self.listeners = before
+
     def add(self, site: str, tap: Tap) -> None:
         """Listen at a site, after those who listen already."""
         self.listeners[site] = (*self.listeners.get(site, ()), tap)
@@ -66,16 +78,40 @@ class Taps:
 
 
 class Attachment(nn.Module):
-    """A module attached at a site. `settings` (JSON-able) rebuilds it on load; its class must live in bildung."""
+    """A module attached at a site. `settings` (JSON-able) rebuilds it on load; its class must live in bildung.
+
+    A module that needs more than what passes at its own site (a side column, a head that reads a vector below the
+    logits) names other sites in `reads`; `see` is shown each of them on the way.
+    """
 
     settings: dict[str, Any]
+    reads: tuple[str, ...] = ()
+
+    def see(self, site: str, x: Tensor) -> None:
+        """Called with the activation at a site of `reads`."""
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Shows an attachment what passes at another site."""
+
+    module: Attachment
+    site: str
+
+    def __call__(self, x: Tensor) -> None:
+        self.module.see(self.site, x)
+
+
+def _is_attached(tap: Tap) -> bool:
+    return isinstance(tap, Attachment | _Reader)
 
 
 def sites(model: nn.Module) -> dict[str, str]:
     """Every site of the model with its shape, e.g. {"layers.0.attn.z": "B L N H"}, in forward order.
 
     B batch, L query length, S key length, D hidden_size, N attention heads, K key-value heads, H head_dim, F
-    intermediate_size, V vocabulary. `attn.q` and `attn.k` are before the rotation; `attn.scores` after the mask.
+    intermediate_size, V vocabulary, C classes. `attn.q` and `attn.k` are before the rotation; `attn.scores` after the
+    mask.
     """
     _check_model(model)
     return dict(model.sites)  # type: ignore[arg-type]
@@ -165,6 +201,8 @@ def attach(model: nn.Module, pattern: str | Sequence[str], module: Attachment) -
         made[site] = module if not made else copy.deepcopy(module)
     for site, one in made.items():
         attached[site.replace(".", "/")] = one
+        for other in match_sites(model, one.reads) if one.reads else ():
+            taps.add(other, _Reader(one, other))
         taps.add(site, one)
     return made
 
@@ -176,5 +214,8 @@ def detach(model: nn.Module, pattern: str | Sequence[str]) -> None:
     for site in match_sites(model, pattern):
         key = site.replace(".", "/")
         if key in attached:
-            model.taps.remove(site, attached[key])  # type: ignore[union-attr,operator]
+            one: Attachment = attached[key]  # type: ignore[assignment]
+            model.taps.remove(site, one)  # type: ignore[union-attr,operator]
+            for other in match_sites(model, one.reads) if one.reads else ():
+                model.taps.remove(other, _Reader(one, other))  # type: ignore[union-attr,operator]
             del attached[key]

@@ -163,6 +163,35 @@ def test_attached_modules_train_and_can_be_removed() -> None:
     assert torch.equal(model(tokens()), plain)
 
 
+class Difference(Attachment):
+    """Adds to the last stream how far it is from the first."""
+
+    reads = ("embed",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = {}
+
+    def see(self, site: str, x: Tensor) -> None:
+        self.first = x
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.__dict__.pop("first")  # kept no longer than a forward pass: it holds its graph
+        return x + (x - first)
+
+
+def test_an_attachment_is_shown_the_other_sites_it_reads() -> None:
+    model = tiny_decoder()
+    with observe(model, ["embed", "norm"]) as seen:
+        plain = model(tokens())
+    expected = model.unembed(seen["norm"] + (seen["norm"] - seen["embed"]))
+    attach(model, "norm", Difference())
+    assert torch.equal(model(tokens()), expected)
+    assert torch.equal(copy.deepcopy(model)(tokens()), expected)
+    detach(model, "norm")
+    assert not model.taps.listeners and torch.equal(model(tokens()), plain)
+
+
 NO_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++, which is not there")
 
 

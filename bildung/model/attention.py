@@ -15,13 +15,15 @@ formula no kernel knows (soft-cap, sinks), takes the explicit path, which spells
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bildung.core.errors import SettingsError
+from bildung.model.attention_blocks import QUERIES, Block, attend, blocks_of
+from bildung.model.base import can_look
 from bildung.model.config import ModelConfig
 from bildung.model.kv_cache import KVCache
 from bildung.model.layers import norm_from
@@ -40,6 +42,14 @@ class Mask:
     allowed_B1LS: Tensor | None
     causal: bool
     bias_BNLS: Tensor | None = None
+    made: dict[tuple[int, int, int], list[Block]] = field(default_factory=dict, compare=False)
+
+    def blocks(self, rows: int, length: int, total: int) -> list[Block]:
+        """This mask cut into blocks of queries, once for all layers."""
+        shape = (rows, length, total)
+        if shape not in self.made:
+            self.made[shape] = blocks_of(self.allowed_B1LS, self.causal, *shape)
+        return self.made[shape]
 
     def allowed(self, scores_BNLS: Tensor) -> Tensor | None:
         """`allowed_B1LS`, or causality spelt out."""
@@ -162,6 +172,9 @@ class Attention(nn.Module):
                 q_BKGH, k_BKSH, v_BKSH, attn_mask=mask.allowed_B1LS, dropout_p=dropout, scale=self.scale
             )
             return z_BKGH.reshape(B, N, 1, H)
+        if not dropout and _by_blocks(q_BNLH, mask):
+            rows, _, length, _ = q_BNLH.shape
+            return attend(q_BNLH, k_BKSH, v_BKSH, self.scale, mask.blocks(rows, length, k_BKSH.shape[2]))
         allowed = mask.allowed_B1LS if mask.bias_BNLS is None else mask.bias_BNLS.to(q_BNLH.dtype)
         return F.scaled_dot_product_attention(
             q_BNLH,
@@ -210,6 +223,14 @@ class Attention(nn.Module):
             probs = F.softmax(scores, dim=-1, dtype=torch.float32)
         probs = self.taps(self.probs_site, probs.to(scores.dtype))
         return F.dropout(probs, self.dropout, self.training) @ v_BNSH
+
+
+def _by_blocks(q_BNLH: Tensor, mask: Mask) -> bool:
+    """Whether attention by blocks (attention_blocks.py) is possible and faster than the kernel."""
+    length, allowed = q_BNLH.shape[2], mask.allowed_B1LS
+    if q_BNLH.device.type != "cpu" or length < QUERIES or mask.bias_BNLS is not None or torch.compiler.is_compiling():
+        return False
+    return allowed is None or (allowed.shape[2] == length and can_look(allowed))
 
 
 @dataclass(frozen=True)

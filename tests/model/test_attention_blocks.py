@@ -1,0 +1,161 @@
+"""Attention by blocks of queries: the kernel's numbers and gradients, under every kind of mask, and less computed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bildung.model import attention, attention_blocks
+from bildung.model.attention import Mask, make_mask
+from bildung.model.attention_blocks import QUERIES, attend, blocks_of, products_in
+from bildung.model.build import build
+from bildung.model.config import from_dict
+
+B, L, N, K, H = 2, 300, 4, 2, 8
+
+
+def documents(*lengths: int) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+
+
+def masks() -> dict[str, Mask]:
+    segments = torch.cat((documents(40, 7, 200, 53), documents(1, 299)))
+    keep = torch.ones(B, L, dtype=torch.bool)
+    keep[0, 150:] = False
+    keep[1, :9] = False
+    device = torch.device("cpu")
+    prefix = torch.arange(L).expand(B, L) < 20
+    return {
+        "causal": Mask(None, causal=True),
+        "all": Mask(None, causal=False),
+        "documents": make_mask(L, 0, None, None, segments, device),
+        "padding": make_mask(L, 0, None, keep, None, device),
+        "padding, both ways": make_mask(L, 0, None, keep, None, device, causal=False),
+        "window": make_mask(L, 0, 50, None, None, device),
+        "prefix": make_mask(L, 0, None, None, None, device, prefix_BS=prefix),
+    }
+
+
+def inputs(dtype: torch.dtype = torch.float32, length: int = L, total: int = L) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((B, length, N, H), (B, total, K, H), (B, total, K, H))
+    made = [torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for shape in shapes]
+    return [one.requires_grad_() for one in made]
+
+
+def results(f, given: list[Tensor]) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    z = f(*given)
+    dz = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).to(z.dtype)
+    return (z, *torch.autograd.grad(z, given, dz))
+
+
+def by_kernel(mask: Mask):  # type: ignore[no-untyped-def]
+    return lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.allowed_B1LS, is_causal=mask.causal, scale=0.3, enable_gqa=True
+    )
+
+
+def by_blocks(mask: Mask):  # type: ignore[no-untyped-def]
+    return lambda q, k, v: attend(q, k, v, 0.3, mask.blocks(q.shape[0], q.shape[2], k.shape[2]))
+
+
+@pytest.mark.parametrize("name", masks())
+def test_numbers_and_gradients_are_the_kernels(name: str) -> None:
+    mask = masks()[name]
+    for ours, theirs in zip(results(by_blocks(mask), inputs()), results(by_kernel(mask), inputs()), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["causal", "documents"])
+def test_in_bfloat16_it_is_nearer_to_the_truth_than_the_kernel(name: str) -> None:
+    mask, given = masks()[name], inputs(torch.bfloat16)
+    truth = results(by_kernel(mask), [one.detach().double().requires_grad_() for one in given])
+    for ours, theirs, true in zip(results(by_blocks(mask), given), results(by_kernel(mask), given), truth, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - true).abs().mean() <= (theirs - true).abs().mean()
+
+
+def test_more_keys_than_queries() -> None:
+    """As after a cache: the mask says who is where."""
+    mask = make_mask(L, 60, None, None, None, torch.device("cpu"))
+    given = inputs(length=L, total=L + 60)
+    for ours, theirs in zip(results(by_blocks(mask), given), results(by_kernel(mask), given), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+def computed(mask: Mask) -> int:
+    """Scores per head."""
+    blocks = mask.blocks(B, L, L)
+    return sum((b.queries.stop - b.queries.start) * (b.keys.stop - b.keys.start) for b in blocks)
+
+
+def test_what_is_forbidden_as_a_whole_is_not_computed() -> None:
+    made = {name: computed(mask) for name, mask in masks().items()}
+    assert made["all"] == B * L * L
+    # blocks of 128, 128 and 44 queries end their keys with themselves
+    assert made["causal"] == B * (128 * 128 + 128 * 256 + 44 * 300)
+    # those of the first row begin with documents 1, 3 and 4 (at 0, 47, 247), of the second with 1, 2 and 2
+    assert made["documents"] == 128 * 128 + 128 * 209 + 44 * 53 + 128 * 128 + 128 * 255 + 44 * 299
+    assert made["window"] < made["causal"]
+
+
+def test_a_model_takes_it_for_long_rows_and_gives_what_it_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = dict(model_type="llama", vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+    keys |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=L, initializer_range=0.2)
+    keys |= dict(rms_norm_eps=1e-5, tie_word_embeddings=False)
+    model = build(from_dict(keys))
+    tokens = torch.randint(0, 61, (2, L))
+    segments = torch.cat((documents(40, 7, 200, 53), documents(1, 299)))
+    calls: list[int] = []
+
+    def counting(*given):  # type: ignore[no-untyped-def]
+        calls.append(len(given[4]))
+        return attend(*given)
+
+    monkeypatch.setattr(attention, "attend", counting)
+    with torch.no_grad():
+        long, packed = model(tokens), model(tokens, segments_BL=segments)
+        cache = model.kv_cache(2, L)
+        cached = torch.cat((model(tokens[:, :130], kv_cache=cache), model(tokens[:, 130:], kv_cache=cache)), dim=1)
+    assert calls == [2 * math.ceil(L / QUERIES)] * 4 + [2 * 2] * 4
+    model(tokens[:, : QUERIES - 1])
+    assert len(calls) == 8
+    monkeypatch.setattr(attention, "QUERIES", L + 1)
+    with torch.no_grad():
+        torch.testing.assert_close(long, model(tokens), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(packed, model(tokens, segments_BL=segments), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(cached, long, atol=1e-5, rtol=1e-5)
+
+
+def test_training_and_reading_give_the_same_bits() -> None:
+    mask, given = masks()["documents"], inputs(torch.bfloat16)
+    with torch.no_grad():
+        read = by_blocks(mask)(*given)
+    assert torch.equal(read, by_blocks(mask)(*given))
+
+
+def test_it_keeps_q_k_and_v_only() -> None:
+    given, kept = inputs(), set[int]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.untyped_storage().data_ptr()) or t, lambda t: t):
+        z = by_blocks(masks()["causal"])(*given)
+    assert kept == {one.untyped_storage().data_ptr() for one in given} and z.requires_grad
+
+
+def test_products_in_bfloat16_lose_nothing_of_bfloat16_factors_and_leave_the_setting_as_it_was() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    a, b = torch.randn(3, 40, 16).bfloat16().float(), torch.randn(3, 16, 50).bfloat16().float()
+    with pytest.raises(ZeroDivisionError), products_in(torch.bfloat16):
+        torch.testing.assert_close(torch.bmm(a, b), (a.double() @ b.double()).float(), atol=1e-5, rtol=1e-5)
+        1 / 0  # noqa: B018
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_blocks_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = masks()["causal"]
+    monkeypatch.setattr(attention, "blocks_of", lambda *given: [given])
+    assert mask.blocks(1, 2, 3) is mask.blocks(1, 2, 3)
+    assert blocks_of is attention_blocks.blocks_of

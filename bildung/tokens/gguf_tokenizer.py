@@ -60,11 +60,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     if model == "gpt2":
         backend, bos_default = _byte_level(metadata, tokens, kinds)
     elif model == "llama":
+        tokens = _with_visible_spaces(metadata, tokens, kinds)
         backend, bos_default = _sentencepiece(metadata, tokens, kinds)
     else:
         raise TokenizerError(f"GGUF tokenizer model {model!r} is not supported; known: gpt2, llama.")
     added = [
-        AddedToken(token, special=kind == CONTROL, normalized=False)
+        # Runs of spaces are found after the normalizer has made ▁ of them, all else in the text as it was given.
+        AddedToken(token, special=kind == CONTROL, normalized=model == "llama" and set(token) == {"▁"})
         for token, kind in zip(tokens, kinds, strict=True)
         if kind in (CONTROL, USER_DEFINED)
     ]
@@ -153,6 +155,19 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], kinds: list[int]
     if pre in COMPOSES:
         backend.normalizer = normalizers.NFC()
     return backend, pre in BOS_BY_DEFAULT
+
+
+def _with_visible_spaces(metadata: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> list[str]:
+    """llama.cpp's converter writes spaces into user-defined pieces (Gemma's runs of 2 to 31) where SentencePiece has ▁;
+    as ▁ they equal the model's own tokenizer.json. Llama 2's prefix space would come in front of each, and has none."""
+    if _get(metadata, "add_space_prefix", bool, True):
+        return tokens
+    there = set(tokens)
+    visible = [
+        token.replace(" ", "▁") if kind == USER_DEFINED and set(token) == {" "} else token
+        for token, kind in zip(tokens, kinds, strict=True)
+    ]
+    return [old if new in there else new for old, new in zip(tokens, visible, strict=True)]
 
 
 def _sentencepiece(

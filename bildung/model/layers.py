@@ -174,6 +174,26 @@ def activation(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
+class _Gated(torch.autograd.Function):
+    """act(gate) * up that keeps gate and up alone. Autograd would keep act(gate) too: of SmolLM2's 30 layers at 2048
+    tokens 190 MB in bfloat16. The backward pass computes it again; its numbers are autograd's, bit for bit.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate_BLF: Tensor, up_BLF: Tensor, act: Activation) -> Tensor:
+        ctx.act = act
+        ctx.save_for_backward(gate_BLF, up_BLF)
+        return act(gate_BLF).mul_(up_BLF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BLF: Tensor) -> tuple[Tensor | None, ...]:
+        gate_BLF, up_BLF = (kept.detach().requires_grad_() for kept in ctx.saved_tensors)
+        with torch.enable_grad():
+            act_BLF = ctx.act(gate_BLF) * up_BLF
+        return *torch.autograd.grad(act_BLF, (gate_BLF, up_BLF), dy_BLF), None
+
+
 class MLP(nn.Module):
     """down(act(up(x))), or gated down(act(gate(x)) * up(x)) (GLU variants: Shazeer 2020, arXiv 2002.05202)."""
 
@@ -191,7 +211,10 @@ class MLP(nn.Module):
     def forward(self, x_BLD: Tensor) -> Tensor:
         if self.gated:
             gate_BLF, up_BLF = project(x_BLD, self.gate_proj, self.up_proj)
-            act_BLF = self.act(gate_BLF) * up_BLF
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                act_BLF = _Gated.apply(gate_BLF, up_BLF, self.act)
+            else:
+                act_BLF = self.act(gate_BLF) * up_BLF
         else:
             act_BLF = self.act(self.up_proj(x_BLD))
         act_BLF = self.taps(self.act_site, act_BLF)

@@ -103,10 +103,10 @@ def quantize(source: Path, out: Path, settings: Settings, *, force: bool = False
 def choose(lm: LanguageModel, source: Path, settings: Settings) -> list[str]:
     """The names of the matrices to quantize."""
     linears = lm.model.linears()
-    if any(linear.deltas for linear in linears.values()):
+    if lm.added:
         raise ModelFileError(
-            f"{source} is an adapter; `bildung merge` it into its base first. (To keep it apart, quantize the base: "
-            f"adapters work over quantized matrices.)"
+            f"{source} is an adapter ({', '.join(lm.added)}); `bildung merge` it into its base first. (To keep it "
+            f"apart, quantize the base: adapters work over quantized matrices.)"
         )
     if stored := {type(linear.base).__name__ for linear in linears.values()} - {"Dense"}:
         raise ModelFileError(

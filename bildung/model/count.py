@@ -67,7 +67,7 @@ def count(model: Model, length: int, source_length: int | None = None) -> list[P
     parts: dict[str, Part] = {}
     seen: set[int] = set()
     for path, module in model.named_modules():
-        if ".deltas" in path or path.startswith("attached"):
+        if ".deltas" in path or ".virtual" in path or path.startswith("attached"):
             continue
         if isinstance(module, Linear):
             if path.endswith("attn.o_proj"):

@@ -16,15 +16,30 @@ from bildung.model.config import ModelConfig
 
 
 class KVCache:
-    """Rotated keys and values of every layer, and which of the positions are real tokens."""
+    """Rotated keys and values of every layer, and which of the positions are real tokens.
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device):
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+    ahead: virtual tokens (see virtual.py), which lie before all others and do not count in `length`.
+    """
+
+    cross: dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of an encoder's states
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        ahead: int = 0,
+    ):
+        columns = ahead + max_length
+        shape = (batch_size, config.num_key_value_heads, columns, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.keep_BS = torch.ones(batch_size, max_length, dtype=torch.bool, device=device)
+        self.keep_BS = torch.ones(batch_size, columns, dtype=torch.bool, device=device)
         self.all_kept = True
-        self.cross: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys and values of an encoder's states
+        self.cross = {}
+        self.ahead = ahead
         self.max_length = max_length
         self.length = 0
 
@@ -42,14 +57,15 @@ class KVCache:
                 f"make it larger or the prompt and answer shorter."
             )
         if keep_BL is not None:
-            self.keep_BS[:, self.length : end] = keep_BL
+            self.keep_BS[:, self.ahead + self.length : self.ahead + end] = keep_BL
             self.all_kept = self.all_kept and bool(keep_BL.all())
 
     def update(self, layer: int, k_BKLH: Tensor, v_BKLH: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' keys and values; returns those of all tokens so far (views)."""
-        end = self.length + k_BKLH.shape[2]
-        self.keys[layer][:, :, self.length : end] = k_BKLH
-        self.values[layer][:, :, self.length : end] = v_BKLH
+        start = self.ahead + self.length
+        end = start + k_BKLH.shape[2]
+        self.keys[layer][:, :, start:end] = k_BKLH
+        self.values[layer][:, :, start:end] = v_BKLH
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
     def select(self, rows_B: Tensor) -> None:

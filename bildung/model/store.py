@@ -21,7 +21,7 @@ from bildung.core import ranks
 from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, nearest
 from bildung.core.record import Record, damage, hash_directory, read_record
 from bildung.core.staging import check_name
-from bildung.model import adapter_file, attachments, names, onnx_file, quantized_file
+from bildung.model import adapter_file, adapter_kinds, attachments, names, onnx_file, quantized_file, virtual_file
 from bildung.model.build import make
 from bildung.model.config import BaseConfig, from_dict, read_config
 from bildung.model.gguf_file import hf_config, hf_state_dict, read_gguf
@@ -29,6 +29,7 @@ from bildung.model.linear import Dense, Linear
 from bildung.model.nf4 import QUANT_STATE
 from bildung.model.quantized_file import DTYPES
 from bildung.model.safetensors_file import read_tensors, write_tensors
+from bildung.model.virtual import virtual_of
 from bildung.tokens.gguf_tokenizer import tokenizer_from_gguf
 from bildung.tokens.tokenizer import Tokenizer
 
@@ -65,6 +66,16 @@ class LanguageModel:
     path: Path | None = None
     base: Path | None = None
 
+    @property
+    def added(self) -> list[str]:
+        """What was added to the base and is saved apart from it, in words; empty for a plain model."""
+        kinds = {
+            "deltas": any(linear.deltas for linear in self.model.linears().values()),
+            "virtual tokens": virtual_of(self.model) is not None,
+            "attached modules": bool(self.model.attached) and self.base != self.path,
+        }
+        return [kind for kind, there in kinds.items() if there]
+
 
 def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageModel:
     """A model from a Hugging Face directory, a PEFT adapter directory (with its base), a .gguf or an .onnx file.
@@ -88,12 +99,13 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageMo
     if record is not None and (harm := damage(path, record)):
         raise ModelFileError(f"{path}: {harm} since its record was written; make it again, or delete its record.json.")
     if (path / adapter_file.CONFIG).exists():
-        settings = adapter_file.read_config(path)
+        kind = adapter_kinds.reader(path)
+        settings = kind.read_config(path)
         base = adapter_file.find_base(path, settings)
         _warn_of_another_base(path, record, base)
         lm = load(base, dtype)
-        adapter_file.add_to(lm.model, path, settings)
-        return replace(lm, record=record, path=path)
+        kind.add_to(lm.model, path, settings)
+        return replace(lm, config=lm.model.config, record=record, path=path)
     config = read_config(path)
     tokenizer = no_tokenizer(config) if config.kind == "vision" else Tokenizer.load(path)
     if config.kind != "vision":
@@ -210,7 +222,11 @@ def write_model(lm: LanguageModel, directory: Path) -> None:
         return
     if not isinstance(lm.tokenizer, NoTokenizer):
         lm.tokenizer.save(directory)
-    if any(linear.deltas for linear in lm.model.linears().values()):
+    if virtual_of(lm.model) is not None:
+        _check_base(lm)
+        virtual_file.write(lm.model, directory, base=lm.base)
+        return
+    if adapter_file.is_adapted(lm.model):
         _check_base(lm)
         adapter_file.write(lm.model, directory, base=lm.base)
         return
@@ -238,8 +254,9 @@ def _check_base(lm: LanguageModel) -> None:
         return
     own, there = state_tensors(lm.model), dict(read_tensors(lm.base))
     names.complete(there, lm.config)
+    kept = {names.place_of(name, names.places(lm.config))[0] for name in lm.model.retrained}
     for name, stored in there.items():
-        if name.endswith(QUANT_STATE) or (
+        if name in kept or name.endswith(QUANT_STATE) or (
             name not in own and any(fnmatch(name, known) for known in names.repeated(lm.config))
         ):
             continue
@@ -260,7 +277,7 @@ def state_tensors(model: Any) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     table = names.places(model.config)
     for name, module in model.named_modules():
-        if name.startswith("attached") or ".deltas" in name or name.endswith(".base"):
+        if name.startswith("attached") or ".deltas" in name or ".virtual" in name or name.endswith(".base"):
             continue
         if isinstance(module, Linear) and not (name == "lm_head" and model.config.tie_word_embeddings):
             if isinstance(module.base, Dense):

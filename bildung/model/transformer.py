@@ -18,12 +18,13 @@ TransformerLens's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bildung.core.errors import SettingsError
 from bildung.model.attention import Attention, CrossAttention, Mask, Memory, Rotation, make_mask
 from bildung.model.base import CausalLM, check_tokens
 from bildung.model.config import ModelConfig
@@ -32,6 +33,9 @@ from bildung.model.layers import MLP, Embedding, norm_from
 from bildung.model.linear import Dense, Linear
 from bildung.model.positions import ADDED, AddedPositions, RotaryEmbedding, bias_from
 from bildung.model.taps import Taps
+
+if TYPE_CHECKING:
+    from bildung.model.virtual import Virtual
 
 
 class LayerScale(nn.Module):
@@ -195,23 +199,34 @@ class Stack(nn.Module):
 
 
 class Backbone(Stack):
-    """A stack over tokens: embeddings, the positions that are added to them, segment vectors (BERT)."""
+    """A stack over tokens: embeddings, the positions that are added to them, segment vectors (BERT).
+
+    virtual: what every row reads before its first token (see virtual.py).
+    """
 
     def __init__(self, config: ModelConfig, taps: Taps, prefix: str = "", embed_tokens: Embedding | None = None):
         super().__init__()
         self.embed_tokens = embed_tokens or Embedding(config.vocab_size, config.hidden_size)
         self.embed_positions = AddedPositions(config) if config.positions in ADDED else None
         self.token_types = Embedding(config.token_types, config.hidden_size) if config.token_types else None
+        self.virtual: Virtual | None = None
         self.add_blocks(config, taps, prefix)
         self.embed_site, self.pos_site = f"{prefix}embed", f"{prefix}pos_embed"
 
+    @property
+    def ahead(self) -> int:
+        """How many virtual tokens there are."""
+        return 0 if self.virtual is None else self.virtual.length
+
+    def vectors(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Token vectors, scaled where the family does; of any leading dimensions."""
+        x_D: Tensor = self.embed_tokens(tokens).to(dtype)
+        # As Gemma does, the factor is rounded to the type of the activations.
+        return x_D if self.config.embed_scale == 1.0 else x_D * torch.tensor(self.config.embed_scale, dtype=dtype)
+
     def embed(self, tokens_BL: Tensor, positions_BL: Tensor, types_BL: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Token vectors, plus those of positions and segments."""
-        x_BLD = self.embed_tokens(tokens_BL).to(dtype)
-        if self.config.embed_scale != 1.0:
-            # As Gemma does, the factor is rounded to the type of the activations.
-            x_BLD = x_BLD * torch.tensor(self.config.embed_scale, dtype=dtype)
-        x_BLD = self.taps(self.embed_site, x_BLD)
+        x_BLD = self.taps(self.embed_site, self.vectors(tokens_BL, dtype))
         if self.token_types is not None:
             types_BL = torch.zeros_like(tokens_BL) if types_BL is None else types_BL
             x_BLD = x_BLD + self.token_types(types_BL).to(dtype)
@@ -243,7 +258,14 @@ class Backbone(Stack):
         if positions_BL is None:
             positions_BL = torch.arange(past, past + L, device=tokens_BL.device)[None]
         reading = Reading(positions_BL, keep_BS, segments_BL, prefix_BL, kv_cache, past)
-        h_BLD = self.run(self.embed(tokens_BL, positions_BL, types_BL, dtype), reading, memory)
+        if kv_cache is not None and kv_cache.ahead != self.ahead:
+            raise SettingsError(
+                f"this KV cache has place for {kv_cache.ahead} virtual tokens and the model has {self.ahead}; "
+                f"make a new one with model.kv_cache(...)."
+            )
+        if self.virtual is not None:
+            reading = self.virtual.before(self, reading, dtype)
+        h_BLD = self.run(self.embed(tokens_BL, reading.positions_BL, types_BL, dtype), reading, memory)
         if kv_cache is not None:
             kv_cache.length += L
         return h_BLD
@@ -265,7 +287,7 @@ class Decoder(CausalLM):
         self.name_linears()
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
-        return KVCache(self.config, batch_size, max_length, self.dtype, self.device)
+        return KVCache(self.config, batch_size, max_length, self.dtype, self.device, self.model.ahead)
 
     def hidden(
         self,

@@ -47,6 +47,10 @@ def merge(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 
     def work(job: Job) -> None:
         lm = load(source)
+        if others := set(lm.added) - {"deltas"}:
+            raise AdapterError(
+                f"{source} holds {', '.join(others)}, which change no matrix: there is nothing to merge."
+            )
         if settings.card is not None:
             card.before(job, lm, settings.card)
         dtype = DTYPES[settings.dtype] if settings.dtype else lm.model.weight_dtype

@@ -62,7 +62,7 @@ def stretched(lm: LanguageModel, positions: int) -> LanguageModel:
     if getattr(lm.config, "positions", None) != "learned" or lm.config.kind == "vision":
         kind = "of an image, stretched by itself" if lm.config.kind == "vision" else "not a learned table"
         raise ModelFileError(f"the positions of this {lm.config.model_type} are {kind}: there is nothing to stretch.")
-    if any(linear.deltas for linear in lm.model.linears().values()):
+    if lm.added:
         raise ModelFileError("this is an adapter; `bildung merge` it into its base first, then stretch the result.")
     tensors, table = state_tensors(lm.model), names.places(lm.config)
     for path, module in lm.model.named_modules():

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 import bildung
-from bildung.model.linear import LowRank, match_linears
+from bildung.model.linear import match_linears
+from bildung.model.low_rank import LowRank
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 lm = bildung.load(source, dtype="float32")

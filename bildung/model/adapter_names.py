@@ -25,6 +25,7 @@ from bildung.model.linear import linears
 from bildung.model.names import Stored, cut, family_of, join, places
 
 Factors = tuple[Tensor, Tensor]  # A, B
+PREFIX = "base_model.model."  # of every tensor in peft's files
 
 
 def targets(model: Any) -> dict[str, dict[str, Stored]]:
@@ -45,8 +46,9 @@ def is_transposed(model: Any) -> bool:
     return any(stored.transposed for stored in places(model.config).values())
 
 
-def apart(lora_A: Tensor, lora_B: Tensor, members: Mapping[str, Stored]) -> dict[str, Factors]:
-    """The file's factors -> those of each Linear here; a part that B leaves alone gets none.
+def apart(lora_A: Tensor, lora_B: Tensor, members: Mapping[str, Stored], *, whole: bool = False) -> dict[str, Factors]:
+    """The file's factors -> those of each Linear here. whole: all of A for each; else only the rows that its B uses,
+    and nothing for a part that B leaves alone.
 
     Raises ModelFileError when B does not divide into the parts.
     """
@@ -57,7 +59,7 @@ def apart(lora_A: Tensor, lora_B: Tensor, members: Mapping[str, Stored]) -> dict
     found = {}
     for name, stored in members.items():
         rows = cut(lora_B, stored, is_weight=False)
-        used = torch.ones(len(lora_A), dtype=torch.bool) if untrained else rows.any(dim=0)
+        used = torch.ones(len(lora_A), dtype=torch.bool) if untrained or whole else rows.any(dim=0)
         if bool(used.any()):
             found[name] = (lora_A[used].clone(), rows[:, used].clone())
     return found
@@ -90,3 +92,21 @@ def together(factors: Mapping[str, Factors], members: Mapping[str, Stored], size
             rows[:, start : start + len(lora_A)] = lora_B
         parts[place.part] = rows
     return torch.cat(different), join(parts, stored, is_weight=False)
+
+
+def vectors(tensor: Tensor, members: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """A number per output feature of the file's matrix -> those of each Linear here. Raises ModelFileError."""
+    return {name: cut(tensor.flatten(), stored, is_weight=False).clone() for name, stored in members.items()}
+
+
+def vector(parts: Mapping[str, Tensor], members: Mapping[str, Stored]) -> Tensor:
+    """The inverse of `vectors`."""
+    stored = next(iter(members.values()))
+    return join({place.part: parts[name] for name, place in members.items()}, stored, is_weight=False)
+
+
+def shortest_names(chosen: list[str], all_names: list[str]) -> list[str]:
+    """["q_proj", "v_proj"] when exactly the matrices of these kinds were chosen, else the full paths."""
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    same = [name for name in all_names if name.rsplit(".", 1)[-1] in kinds]
+    return kinds if sorted(same) == sorted(chosen) else chosen

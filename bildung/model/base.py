@@ -35,6 +35,7 @@ class Model(nn.Module):
         self.config = config
         self.taps = Taps()
         self.attached = nn.ModuleDict()
+        self.retrained: tuple[str, ...] = ()  # parameters that an adapter file holds whole (adapter_bitfit.py)
         self.compute_dtype: torch.dtype | None = None
         self.sites: dict[str, str] = {}
 

@@ -1,21 +1,20 @@
 """The weight seam: every weight matrix of every model is one `Linear` from the start.
 
-    y = base(x) + bias + sum of the enabled deltas          (Hu et al. 2021, eq. 3, for any kind of delta)
+    y = base(x) + bias, changed by one enabled delta after the other      (Hu et al. 2021, eq. 3, for any kind of delta)
 
-`base` says how the numbers are stored (Dense here; Int8 and Nf4 in quantized.py). `deltas` say what was added later:
-a LoRA, a knowledge edit, a merged task vector; each can be switched off or deleted. So nothing is ever monkey-patched,
-renamed or wrapped, a method works on every store, and a store under every method.
+`base` says how the numbers are stored (Dense here; Int8 and Nf4 in quantized.py). `deltas` say what changed later: a
+LoRA (low_rank.py), a knowledge edit, a merged task vector; each can be switched off or deleted. So nothing is ever
+monkey-patched, renamed or wrapped, a method works on every store, and a store under every method.
 
 `recorder`, when set, yields each weight's input x and output gradient: all that Fisher information, GPTQ, Wanda,
 covariances of ROME and the hypernetworks of MEND need.
 """
 
-# B L: any leading dimensions, I input features, O output features, J outputs of several matrices, R rank
+# B L: any leading dimensions, I input features, O output features, J outputs of several matrices
 
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,58 +91,29 @@ class Joint:
 
 
 class Delta(nn.Module):
-    """Something added to a weight matrix. Subclasses are final and hold what was learned as parameters."""
+    """A change of a matrix's linear map, f(x) = W x + bias. Subclasses are final; parameters hold what was learned.
+
+    What adds a matrix dW defines `forward` and `weight`. What changes the map otherwise (dora.py, ia3.py) defines
+    `forward` and `applied`, and `reads` if it changes the input.
+    """
 
     enabled: bool = True
 
     def forward(self, x_BLI: Tensor, y_BLO: Tensor) -> Tensor:
-        """`y` plus this delta's share for input `x` (given y, a low-rank delta needs one fused multiply-add)."""
+        """The output for `x` with this delta, given the output without: `y` (a dW adds its share to it)."""
         raise NotImplementedError
 
     def weight(self) -> Tensor:
-        """The dense matrix dW_OI that the delta stands for."""
+        """The dense matrix dW_OI that the delta adds."""
         raise NotImplementedError
 
+    def reads(self, x_BLI: Tensor) -> Tensor:
+        """What the map below this delta is given instead of `x`."""
+        return x_BLI
 
-class LowRank(Delta):
-    """dW = scaling * B A with A_RI, B_OR: LoRA, and the form in which every edit is kept.
-
-    LoRA (Hu et al. 2021, section 4.1) initialises A at random and B = 0, so the model is bit-equal at step 0, and uses
-    scaling = alpha / rank; rsLoRA (Kalajdzievski 2023) uses alpha / sqrt(rank). A's initial bound is 1/sqrt(I), peft's
-    `kaiming_uniform_(a=sqrt(5))`.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        scaling: float,
-        dropout: float = 0.0,
-        *,
-        generator: torch.Generator | None = None,
-        device: torch.device | None = None,
-    ):
-        super().__init__()
-        self.scaling, self.dropout = scaling, dropout
-        bound = 1 / math.sqrt(in_features)
-        lora_A = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(lora_A.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
-
-    @property
-    def rank(self) -> int:
-        """Inner dimension of the two factors."""
-        return self.lora_A.shape[0]
-
-    def forward(self, x_BLI: Tensor, y_BLO: Tensor) -> Tensor:
-        x_NI = F.dropout(x_BLI, self.dropout, self.training).flatten(0, -2)
-        h_NR = x_NI @ self.lora_A.to(x_NI.dtype).t()
-        y_NO = torch.addmm(y_BLO.flatten(0, -2), h_NR, self.lora_B.to(x_NI.dtype).t(), alpha=self.scaling)
-        return y_NO.view(y_BLO.shape)
-
-    def weight(self) -> Tensor:
-        return self.scaling * (self.lora_B @ self.lora_A)
+    def applied(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The matrix and the bias with this delta, given those without."""
+        return weight_OI + self.weight().to(weight_OI.dtype), bias_O
 
 
 class Recorder(Protocol):
@@ -180,12 +150,20 @@ class Linear(nn.Module):
 
     def forward(self, x_BLI: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        y_BLO = self.base(x_BLI, self.bias)
-        if self.deltas:
-            for delta in self.enabled_deltas():
-                y_BLO = delta(x_BLI, y_BLO)
+        y_BLO = self._changed(x_BLI) if self.deltas else self.base(x_BLI, self.bias)
         if self.recorder is not None:
             self.record(self.recorder, x_BLI, y_BLO)
+        return y_BLO
+
+    def _changed(self, x_BLI: Tensor) -> Tensor:
+        """The output with the enabled deltas: inputs are handed down to the base, outputs come up again."""
+        deltas = self.enabled_deltas()
+        inputs = [x_BLI]
+        for delta in reversed(deltas):
+            inputs.append(delta.reads(inputs[-1]))
+        y_BLO: Tensor = self.base(inputs.pop(), self.bias)
+        for delta in deltas:
+            y_BLO = delta(inputs.pop(), y_BLO)
         return y_BLO
 
     def record(self, recorder: Recorder, x_BLI: Tensor, y_BLO: Tensor) -> None:
@@ -195,11 +173,20 @@ class Linear(nn.Module):
             y_BLO.register_hook(lambda grad: recorder.gradients(self.name, x_BLI.detach(), grad))
 
     def weight(self) -> Tensor:
-        """Dense effective weight W_OI, enabled deltas included: for merging, QK/OV circuits, and comparison."""
-        weight_OI = self.base.dense()
+        """Dense effective weight W_OI, enabled deltas included: for QK/OV circuits, and comparison."""
+        return self.effective()[0]
+
+    def effective(self, dtype: torch.dtype | None = None, below: Delta | None = None) -> tuple[Tensor, Tensor | None]:
+        """(W_OI, bias_O) with the enabled deltas (those below one of them), summed in `dtype`: what merging writes."""
+        weight_OI: Tensor = self.base.dense()
+        bias_O: Tensor | None = self.bias
+        if dtype is not None:
+            weight_OI, bias_O = weight_OI.to(dtype), None if bias_O is None else bias_O.to(dtype)
         for delta in self.enabled_deltas():
-            weight_OI = weight_OI + delta.weight().to(weight_OI.dtype)
-        return weight_OI
+            if delta is below:
+                break
+            weight_OI, bias_O = delta.applied(weight_OI, bias_O)
+        return weight_OI, bias_O
 
     def is_plain(self) -> bool:
         """Nothing was added to the matrix and nobody listens to it."""

@@ -130,9 +130,9 @@ class RecurrentLayer(nn.Module):
     def _kernel(self, x_BLE: Tensor, start: State, sequences: Sequences) -> tuple[Tensor, State]:
         """torch's kernel, on the effective weights: deltas and quantized stores included."""
         dtype = x_BLE.dtype
-        bias_G, hidden_bias_G = self.input_proj.bias, self.recurrent_proj.bias
+        (weight_GE, bias_G), (weight_GD, hidden_bias_G) = self.input_proj.effective(), self.recurrent_proj.effective()
         assert bias_G is not None
-        weights = [self.input_proj.weight(), self._dropped(self.recurrent_proj.weight()), bias_G]
+        weights = [weight_GE, self._dropped(weight_GD), bias_G]
         weights.append(torch.zeros_like(bias_G) if hidden_bias_G is None else hidden_bias_G)
         weights = [weight.to(dtype) for weight in weights]
         state = [one_QD[None].contiguous() for one_QD in start]
@@ -174,10 +174,12 @@ class RecurrentLayer(nn.Module):
         """h -> W_hh h (+ b_hh), with one weight-drop mask for as long as it is used."""
         if not (self.training and self.weight_drop):
             return self.recurrent_proj
-        linear, weight_GD = self.recurrent_proj, self._dropped(self.recurrent_proj.weight())
+        linear = self.recurrent_proj
+        whole_GD, bias_G = linear.effective()
+        weight_GD = self._dropped(whole_GD)
 
         def product(h_RD: Tensor) -> Tensor:
-            y_RG = F.linear(h_RD, weight_GD.to(h_RD.dtype), None if linear.bias is None else linear.bias.to(h_RD.dtype))
+            y_RG = F.linear(h_RD, weight_GD.to(h_RD.dtype), None if bias_G is None else bias_G.to(h_RD.dtype))
             if linear.recorder is not None:
                 linear.record(linear.recorder, h_RD, y_RG)
             return y_RG

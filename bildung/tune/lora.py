@@ -24,7 +24,8 @@ from bildung.core.operation import Job
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.model import adapter_file
-from bildung.model.linear import Linear, LowRank, match_linears
+from bildung.model.linear import Linear, match_linears
+from bildung.model.low_rank import LowRank
 from bildung.model.store import load, write_model
 from bildung.model.transformer import Decoder
 from bildung.tune.instruction import Tuning, train, tune

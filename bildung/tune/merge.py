@@ -24,7 +24,7 @@ from bildung.data.text import documents
 from bildung.evaluate import card
 from bildung.evaluate.card import CardSettings
 from bildung.evaluate.compare import model_difference
-from bildung.model.linear import Dense, Linear
+from bildung.model.linear import Dense
 from bildung.model.store import DTYPES, load, write_model
 from bildung.model.transformer import Decoder
 from bildung.tune.instruction import base_of
@@ -76,8 +76,8 @@ def merge(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 
 
 def fold_deltas(model: Decoder, dtype: torch.dtype) -> int:
-    """Make every matrix dense, its enabled deltas added in float32, and everything of `dtype`; returns how many had
-    deltas. Raises AdapterError for a delta on an unembedding that is tied to the embedding."""
+    """Make every matrix dense, its enabled deltas in it (computed in float32), and everything of `dtype`; returns how
+    many had deltas. Raises AdapterError for a delta on an unembedding that is tied to the embedding."""
     folded = 0
     for name, linear in model.linears().items():
         if name == "lm_head" and model.config.tie_word_embeddings:
@@ -88,18 +88,13 @@ def fold_deltas(model: Decoder, dtype: torch.dtype) -> int:
                 )
             continue
         folded += bool(linear.deltas)
-        linear.base = Dense(nn.Parameter(_effective(linear).to(dtype), requires_grad=False))
+        with torch.no_grad():
+            weight_OI, bias_O = linear.effective(torch.float32)
+        linear.base = Dense(nn.Parameter(weight_OI.to(dtype), requires_grad=False))
+        if bias_O is not None:
+            linear.bias = nn.Parameter(bias_O, requires_grad=False)
         linear.deltas.clear()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
     return folded
-
-
-def _effective(linear: Linear) -> torch.Tensor:
-    """W + the enabled deltas, in float32."""
-    with torch.no_grad():
-        weight_OI = linear.base.dense().float()
-        for delta in linear.enabled_deltas():
-            weight_OI = weight_OI + delta.weight().float()
-    return weight_OI

@@ -9,7 +9,7 @@ import torch
 
 from bildung.align.preference import Pairs, as_batch, frozen, policy_logprobs, remembered, without_delta
 from bildung.data.batches import pad
-from bildung.model.linear import LowRank
+from bildung.model.low_rank import LowRank
 from bildung.train.objectives import token_logprobs
 from bildung.tune.lora import Settings, add_lora
 

@@ -15,7 +15,8 @@ from bildung.app.show import look_at, spans
 from bildung.app.show_picture import draw
 from bildung.app.show_stacks import stacks_of
 from bildung.core.errors import ConfigError, SettingsError
-from bildung.model.linear import LowRank, replace_stores
+from bildung.model.linear import replace_stores
+from bildung.model.low_rank import LowRank
 from bildung.model.quantized import METHODS
 from tests.model.tiny import tiny_lm
 

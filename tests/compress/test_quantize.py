@@ -13,7 +13,8 @@ import bildung
 from bildung.compress.quantize import Settings, bits_per_parameter, quantize, weight_bytes
 from bildung.core.errors import ModelFileError, NoSuchLinear, OutputError, SettingsError
 from bildung.model.build import build
-from bildung.model.linear import Dense, LowRank
+from bildung.model.linear import Dense
+from bildung.model.low_rank import LowRank
 from bildung.model.quantized import METHODS
 from bildung.model.store import LanguageModel
 from tests.conftest import CONFIG, tiny_tokenizer

@@ -20,7 +20,8 @@ from bildung.core.errors import ConfigError
 from bildung.model.base import CausalLM
 from bildung.model.build import build
 from bildung.model.config import MODEL_TYPES, from_dict
-from bildung.model.linear import LowRank, match_linears, replace_stores
+from bildung.model.linear import match_linears, replace_stores
+from bildung.model.low_rank import LowRank
 from bildung.model.quantized import METHODS
 from bildung.model.store import LanguageModel, no_tokenizer
 from bildung.model.taps import intervene, observe

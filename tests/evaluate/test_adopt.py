@@ -27,7 +27,7 @@ from bildung.data import nursery
 from bildung.data.text import documents
 from bildung.evaluate import adopt as module
 from bildung.evaluate.adopt import Settings, adopt
-from bildung.model.linear import LowRank
+from bildung.model.low_rank import LowRank
 from tests.tokens.samples import real_gguf
 from tests.tokens.test_gguf_tokenizer import byte_metadata
 

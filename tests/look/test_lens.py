@@ -13,7 +13,8 @@ import bildung
 from bildung.core.errors import DataError, TokenizerError
 from bildung.look import logit_lens as operation
 from bildung.look.lens import kl, lens_difference, lens_logits, logit_lens
-from bildung.model.linear import Linear, LowRank
+from bildung.model.linear import Linear
+from bildung.model.low_rank import LowRank
 from bildung.model.store import LanguageModel
 from bildung.model.taps import observe
 from tests.model.tiny import tiny_lm

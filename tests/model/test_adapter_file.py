@@ -14,7 +14,7 @@ from torch import Tensor
 
 import bildung
 from bildung.core.errors import AdapterError
-from bildung.model.linear import LowRank
+from bildung.model.low_rank import LowRank
 from tests.model.tiny import tiny_lm, tokens
 
 TARGET = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -50,7 +50,7 @@ def change_config(directory: Path, **change: Any) -> None:
         ({"use_rslora": "maybe"}, "true or false"),
         ({"base_model_name_or_path": 5}, "must be a path"),
         ({"base_model_name_or_path": "elsewhere"}, "not a model directory here"),
-        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"use_dora": True}, "has no lora_magnitude_vector"),
         ({"lora_alfa": 8}, "did you mean 'lora_alpha'"),
     ],
 )

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.count import cache_bytes, count, on_paper, totals
-from bildung.model.linear import LowRank, replace_stores
+from bildung.model.linear import replace_stores
+from bildung.model.low_rank import LowRank
 from bildung.model.quantized import METHODS
 from bildung.model.taps import intervene
 

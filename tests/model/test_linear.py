@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import NoSuchLinear
-from bildung.model.linear import Dense, LowRank, deltas_off, linears, match_linears, record_weights, replace_stores
+from bildung.model.linear import Dense, deltas_off, linears, match_linears, record_weights, replace_stores
+from bildung.model.low_rank import LowRank
 from bildung.model.quantized import Int8, Nf4
 from bildung.model.transformer import Decoder
 from tests.model.tiny import tiny_decoder, tokens
@@ -45,7 +46,7 @@ def test_merged_equals_unmerged(store: str) -> None:
     for name, linear in match_linears(model, "all").items():
         del linear.deltas["lora"]
         linear.base = Dense(torch.nn.Parameter(weights[name]))
-    torch.testing.assert_close(model(tokens()), unmerged, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(tokens()), unmerged, atol=5e-5, rtol=1e-5)
     assert (unmerged - plain).abs().max() > 0.1
 
 

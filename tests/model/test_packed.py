@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bildung.model.linear import Linear, LowRank, record_weights
+from bildung.model.linear import Linear, record_weights
+from bildung.model.low_rank import LowRank
 from bildung.model.packed import packed
 from bildung.model.transformer import Decoder
 from tests.model.tiny import tiny_decoder, tokens

@@ -16,7 +16,8 @@ from bildung.core.errors import ConfigError, ModelFileError
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.int8 import Int8
-from bildung.model.linear import Dense, Linear, LowRank, replace_stores
+from bildung.model.linear import Dense, Linear, replace_stores
+from bildung.model.low_rank import LowRank
 from bildung.model.nf4 import NF4_CODE, Nf4, dynamic_map
 from bildung.model.quantized import METHODS, describe, method_of
 from bildung.model.safetensors_file import read_tensors, write_tensors

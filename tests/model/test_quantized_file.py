@@ -15,7 +15,8 @@ import bildung
 from bildung.core.errors import OutputError
 from bildung.model.build import build
 from bildung.model.config import from_dict
-from bildung.model.linear import LowRank, replace_stores
+from bildung.model.linear import replace_stores
+from bildung.model.low_rank import LowRank
 from bildung.model.quantized import METHODS
 from bildung.model.store import LanguageModel
 from tests.model.tiny import tiny_lm

@@ -16,7 +16,8 @@ from bildung.core.errors import ConfigError, SettingsError
 from bildung.look.lens import lens_logits
 from bildung.model.build import build
 from bildung.model.config import from_dict
-from bildung.model.linear import LowRank, deltas_off, record_weights
+from bildung.model.linear import deltas_off, record_weights
+from bildung.model.low_rank import LowRank
 from bildung.model.rnn import RecurrentLM
 from bildung.model.store import LanguageModel
 from bildung.model.taps import intervene, observe, sites

@@ -15,7 +15,7 @@ from bildung.compress.quantize import replace as quantize
 from bildung.core.errors import ConfigError, DataError, SettingsError
 from bildung.model.build import build
 from bildung.model.config import from_dict
-from bildung.model.linear import LowRank
+from bildung.model.low_rank import LowRank
 from bildung.model.seq2seq import Seq2Seq
 from bildung.model.store import LanguageModel
 from bildung.model.taps import intervene, observe, sites

@@ -15,7 +15,8 @@ from bildung.core.errors import DataError, ModelFileError, NoSuchSite
 from bildung.model.attention import Mask
 from bildung.model.build import build
 from bildung.model.config import from_dict
-from bildung.model.linear import LowRank, match_linears, replace_stores
+from bildung.model.linear import match_linears, replace_stores
+from bildung.model.low_rank import LowRank
 from bildung.model.quantized import METHODS
 from bildung.model.store import LanguageModel, no_tokenizer
 from bildung.model.taps import match_sites

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import bildung
 from bildung.core.errors import AdapterError
-from bildung.model.linear import LowRank, deltas_off, match_linears
+from bildung.model.linear import deltas_off, match_linears
+from bildung.model.low_rank import LowRank
 from tests.model.test_linear import with_lora
 from tests.model.tiny import tiny_lm, tokens
 
@@ -100,9 +101,11 @@ def rename_tensors(adapter: Path, old: str, new: str) -> None:
     save_file({k.replace(old, new): t for k, t in tensors.items()}, adapter / "adapter_model.safetensors")
 
 
+NO_LORA = {key: None for key in ("r", "lora_alpha", "bias", "qalora_group_size", "init_lora_weights", "megatron_core")}
 BAD = {
-    "dora": (lambda a: change_config(a, use_dora=True), "use_dora = True is not supported"),
-    "other method": (lambda a: change_config(a, peft_type="IA3"), "peft_type = 'IA3'"),
+    "dora": (lambda a: change_config(a, use_dora=True), "has no lora_magnitude_vector"),
+    "other method": (lambda a: change_config(a, peft_type="LOHA"), "peft_type = 'LOHA' is not supported"),
+    "another's tensors": (lambda a: change_config(a, peft_type="IA3", **NO_LORA), "is no ia3_l"),
     "unknown key": (lambda a: change_config(a, lora_alhpa=3), "did you mean 'lora_alpha'"),
     "no base": (lambda a: change_config(a, base_model_name_or_path="gone"), "names the base model 'gone'"),
     "other matrix": (lambda a: rename_tensors(a, "q_proj", "query"), "does not have"),
@@ -110,7 +113,8 @@ BAD = {
         lambda a: rename_tensors(a, "layers.0.mlp.up_proj.lora_A", "layers.9.mlp.up_proj.lora_A"),
         "only one of|does not have",
     ),
-    "not a factor": (lambda a: rename_tensors(a, "lora_A", "lora_magnitude_vector"), "neither a lora_A nor"),
+    "not a factor": (lambda a: rename_tensors(a, "lora_A", "lora_C"), "neither a lora_A nor"),
+    "magnitudes in a LoRA": (lambda a: rename_tensors(a, "lora_A", "lora_magnitude_vector"), "only one of"),
 }
 
 

@@ -17,7 +17,8 @@ import bildung
 from bildung.core.errors import AdapterError
 from bildung.model.build import build
 from bildung.model.config import from_dict
-from bildung.model.linear import LowRank, linears, match_linears
+from bildung.model.linear import linears, match_linears
+from bildung.model.low_rank import LowRank
 from bildung.model.store import LanguageModel
 from tests.model.tiny import tiny_lm
 

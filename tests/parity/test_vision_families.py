@@ -21,7 +21,8 @@ import bildung
 from bildung.core.errors import ConfigError
 from bildung.model import layers, transformer, vit
 from bildung.model.config import from_dict
-from bildung.model.linear import LowRank, match_linears
+from bildung.model.linear import match_linears
+from bildung.model.low_rank import LowRank
 from bildung.model.store import LanguageModel, assemble, no_tokenizer, state_tensors
 
 SHAPE: dict[str, Any] = dict(

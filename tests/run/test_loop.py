@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bildung.core.errors import DataError, ModelFileError, SettingsError
-from bildung.model.linear import LowRank, match_linears
+from bildung.model.linear import match_linears
+from bildung.model.low_rank import LowRank
 from bildung.model.taps import observe
 from bildung.run.decode import Sampling, sample, top_k
 from bildung.run.loop import decode, decode_steps

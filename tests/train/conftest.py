@@ -8,7 +8,8 @@ import torch
 from bildung.data.batches import Batch, Example, pad
 from bildung.model.build import build
 from bildung.model.config import from_dict
-from bildung.model.linear import LowRank, match_linears
+from bildung.model.linear import match_linears
+from bildung.model.low_rank import LowRank
 from bildung.model.transformer import Decoder
 
 CONFIG = dict(

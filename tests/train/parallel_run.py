@@ -14,7 +14,8 @@ from bildung.core import ranks
 from bildung.data.batches import Batch, Example, pad
 from bildung.model.build import build
 from bildung.model.config import from_dict
-from bildung.model.linear import LowRank, match_linears
+from bildung.model.linear import match_linears
+from bildung.model.low_rank import LowRank
 from bildung.train.fit import fit
 from bildung.train.objectives import clm
 from bildung.train.optim import adamw, cosine

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from bildung.data.batches import Example, pad, pad_packed
-from bildung.model.linear import LowRank
+from bildung.model.low_rank import LowRank
 from bildung.train import objectives
 from bildung.train.objectives import clm, surprisal, surprisal_sum, token_logprobs
 

@@ -18,7 +18,8 @@ import bildung
 from bildung.core.errors import DataError, NoSuchLinear, OutputError, SettingsError, TrainingError
 from bildung.core.record import read_record
 from bildung.core.settings import resolve
-from bildung.model.linear import LowRank, deltas_off, replace_stores
+from bildung.model.linear import deltas_off, replace_stores
+from bildung.model.low_rank import LowRank
 from bildung.model.quantized import Int8, Nf4
 from bildung.model.taps import Attachment
 from bildung.model.transformer import Decoder

@@ -10,7 +10,8 @@ import torch
 import bildung
 from bildung.core.errors import AdapterError
 from bildung.evaluate.card import CardSettings
-from bildung.model.linear import Dense, LowRank, replace_stores
+from bildung.model.linear import Dense, replace_stores
+from bildung.model.low_rank import LowRank
 from bildung.model.quantized import Int8, Nf4
 from bildung.model.store import load
 from bildung.tune.lora import Settings as LoraSettings

@@ -10,7 +10,7 @@ import transformers
 
 import bildung
 from bildung.core.errors import DataError, ModelFileError, SettingsError
-from bildung.model.linear import LowRank
+from bildung.model.low_rank import LowRank
 from bildung.tune.stretch import Settings, stretch
 from tests.contract.test_families import CONFIGS, KINDS, SOURCE, TARGET, made, run
 

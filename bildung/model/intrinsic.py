@@ -97,7 +97,7 @@ class Intrinsic(Delta):
 
     def __init__(self, theta_d: nn.Parameter, shape: tuple[int, int], seed: int, scaled: bool):
         super().__init__()
-        self.theta_d, self.shape = theta_d, shape
+        self.theta_d, self.shape, self.seed = theta_d, shape, seed
         self.project = Fastfood(theta_d.numel(), shape[0] * shape[1], seed).to(theta_d.device)
         self.scale = nn.Parameter(torch.ones((), device=theta_d.device)) if scaled else None
 

@@ -1,0 +1,69 @@
+"""Learning without forgetting: the new texts are read by the old model too, and the new one is to answer as the old one
+did (Li & Hoiem 2016, arXiv 1606.09282).
+
+    loss = loss of the new task + strength · cross-entropy(old model's answers for the old tasks, new model's), both
+           softened: p_i^(1/T) / Σ_j p_j^(1/T), T = 2                                               eq. 2 and 3
+
+No old data is needed; how well it works depends on how much the new texts tell about the old tasks. The paper first
+trains the new head alone for a while; here all trains from the start. It has no factor T² before the second term, as
+distillation has elsewhere, and neither has this. Of conversations, the answer is the distribution of every next token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from bildung.continual.method import Method, Now
+from bildung.continual.tasks import Kind, distil
+from bildung.core.settings import settings
+from bildung.model.store import LanguageModel, load
+from bildung.train.loss import LossSum, Objective
+from bildung.train.training import Batches
+
+
+@settings
+class LwfSettings:
+    """Learning without forgetting."""
+
+    strength: float = 1.0  # of the old answers, beside the new task; the paper's λ
+    temperature: float = 2.0  # above 1: small probabilities count more
+
+    def __post_init__(self) -> None:
+        if not (0 < self.strength < math.inf and 0 < self.temperature < math.inf):
+            raise ValueError(f"strength = {self.strength}, temperature = {self.temperature}; both must be above 0")
+
+
+class Remembering:
+    """The loss with its second term. What is measured on held-out data is the first alone."""
+
+    def __init__(self, own: Objective, teacher: Any, kind: Kind, earlier: int, given: LwfSettings):
+        self.own, self.teacher, self.kind, self.earlier, self.given = own, teacher, kind, earlier, given
+
+    def __call__(self, model: Any, batch: Any) -> LossSum:
+        loss = self.own(model, batch)
+        if not torch.is_grad_enabled():
+            return loss
+        with torch.no_grad():
+            said = self.kind.predictions(self.teacher, batch, self.earlier)
+        now = self.kind.predictions(model, batch, self.earlier)
+        memory = distil(said, now, self.given.temperature)
+        shown = {**loss.metrics, "memory": memory.detach()}
+        return LossSum(loss.total + self.given.strength * memory, loss.count, shown)
+
+
+class Lwf(Method):
+    """The old model's answers are kept, not its data."""
+
+    def __init__(self, given: LwfSettings, rank: int | None = None):
+        super().__init__(rank)
+        self.given = given
+
+    def objective(self, now: Now, lm: LanguageModel, own: Objective, batch_at: Batches) -> Objective:
+        if now.number == 1:
+            return own
+        teacher = load(now.source, "float32").model.requires_grad_(False)
+        teacher.compute_dtype = lm.model.compute_dtype
+        return Remembering(own, teacher.to(lm.model.device), now.kind, now.number - 1, self.given)

@@ -1,0 +1,84 @@
+"""What a technique against forgetting may do, and when. Plain fine-tuning, this class, does none of it.
+
+    prepare     before a task      bring in what earlier tasks left beside the model; say what trains
+    rows        its data           mix old rows into the new ones
+    objective   its loss           add a penalty
+    finish      after it           leave beside the model what later tasks need
+    select      before measuring   which task the next texts belong to
+
+What a technique keeps lies in the task's directory, so a directory is all that the next task needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bildung.continual.tasks import Kind, Row, Task
+from bildung.core.errors import SettingsError
+from bildung.core.operation import Job
+from bildung.model.linear import linears
+from bildung.model.low_rank import LowRank
+from bildung.model.store import LanguageModel
+from bildung.train.history import History
+from bildung.train.loss import Objective
+from bildung.train.training import Batches, Training
+from bildung.tune import lora
+
+DELTA = "default"  # what a delta that was loaded is called
+
+
+@dataclass(frozen=True)
+class Now:
+    """Where in the sequence we are."""
+
+    job: Job
+    source: Path  # the model after the task before
+    given: Training
+    kind: Kind
+    names: Sequence[str]  # of all tasks
+    number: int  # of this one, counted from 1
+
+
+def lora_settings(rank: int, seed: int, target: str | tuple[str, ...] = "all") -> lora.Settings:
+    """A LoRA of this rank, and strength 2."""
+    return lora.Settings(data="", rank=rank, alpha=2.0 * rank, seed=seed, target=target)
+
+
+class Method:
+    """Plain fine-tuning of all weights; with a rank, of one LoRA that goes on learning through all tasks."""
+
+    def __init__(self, rank: int | None = None):
+        self.rank = rank
+
+    def prepare(self, now: Now, lm: LanguageModel) -> None:
+        """Called with the model as the task before left it."""
+        if self.rank is None:
+            if any(linear.deltas for linear in linears(lm.model).values()):
+                raise SettingsError(f"{now.source} is an adapter; merge it first, or give rank to go on training it.")
+            lm.model.requires_grad_(True)
+            return
+        deltas = [delta for linear in linears(lm.model).values() for delta in linear.deltas.values()]
+        if not deltas:
+            lora.add_lora(lm.model, lora_settings(self.rank, now.given.seed), DELTA)
+            return
+        lm.model.requires_grad_(False)
+        for delta in deltas:
+            if not isinstance(delta, LowRank) or delta.rank != self.rank:
+                raise SettingsError(f"{now.source} carries another adapter than one of rank {self.rank}; merge it.")
+            delta.requires_grad_(True)
+
+    def rows(self, now: Now, lm: LanguageModel, task: Task) -> list[Row]:
+        """What is trained on."""
+        return task.rows
+
+    def objective(self, now: Now, lm: LanguageModel, own: Objective, batch_at: Batches) -> Objective:
+        """The loss, given that of the task alone. batch_at: the batches that it will be trained on."""
+        return own
+
+    def finish(self, now: Now, lm: LanguageModel, task: Task, history: History) -> None:
+        """Called with the trained model, before it is written into now.job.out."""
+
+    def select(self, lm: LanguageModel, number: int) -> None:
+        """The next texts belong to task `number`, counted from 1."""

@@ -1,0 +1,161 @@
+"""Learn a sequence of tasks, one after the other, by a technique against forgetting; print the accuracy matrix.
+
+    bildung continual train lives/bert/base OUT --method ewc \\
+        --tasks films=nursery:imdb opinions=reviews.jsonl genres=genres.jsonl
+
+    plain             fine-tuning, which forgets                       lower bound
+    rehearsal         old rows among the new ones                      rehearsal.py
+    ewc               springs at the weights that mattered             ewc.py
+    progressive       a frozen column per task                         progressive.py
+    lwf               the old model's answers to the new texts         lwf.py
+    orthogonal_lora   a LoRA per task, in directions of its own        orthogonal_lora.py
+    fel               a fixed, sparse, wide layer below the head       fel.py
+
+A task is labelled texts, for an encoder with a classifier, or conversations, for a model that continues text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
+
+from bildung.continual.ewc import Ewc, EwcSettings
+from bildung.continual.fel import Fel, FelSettings
+from bildung.continual.lwf import Lwf, LwfSettings
+from bildung.continual.method import Method
+from bildung.continual.orthogonal_lora import OrthogonalLora, OrthogonalLoraSettings
+from bildung.continual.progressive import Progressive, ProgressiveSettings
+from bildung.continual.rehearsal import Rehearsal, RehearsalSettings
+from bildung.continual.sequence import learn
+from bildung.continual.tasks import Conversations, Kind, LabelledTexts, named
+from bildung.core.errors import SettingsError
+from bildung.core.operation import Job, perform
+from bildung.core.record import Record
+from bildung.core.settings import as_dict
+from bildung.core.settings import settings as settings_class
+from bildung.data.sources import fingerprint
+from bildung.evaluate import card
+from bildung.evaluate.card import CardSettings
+from bildung.model.base import CausalLM
+from bildung.model.store import load
+from bildung.train.optim import ScheduleName
+from bildung.train.training import Training, check_ranges
+from bildung.tune.instruction import base_of
+
+Technique = Literal["plain", "rehearsal", "ewc", "progressive", "lwf", "orthogonal_lora", "fel"]
+
+
+@settings_class
+class Settings(Training):
+    """A sequence of tasks."""
+
+    tasks: tuple[str, ...]  # NAME=DATA of each, in order: texts with their classes, or conversations
+    tests: tuple[str, ...] = ()  # NAME=DATA to measure a task on; default: held_out rows of its data
+    method: Technique = "plain"  # the technique against forgetting
+    heads: Literal["own", "shared"] = "own"  # a text chooses between its task's classes (task-incremental), or all
+    held_out: int = 100  # rows of a task kept out of training, to measure on
+    limit: int | None = None  # use only the first so many rows of a task's data
+    text: str = "text"  # column of the text
+    second: str | None = None  # column of a second text, for pairs to be judged together
+    label: str = "label"  # column of the class
+    max_length: int = 128  # tokens of a text or conversation; longer ones are cut
+    rank: int | None = None  # train one LoRA of this rank (conversations; plain, rehearsal, ewc, lwf); default: all
+    learning_rate: float = 5e-5  # at the top of the schedule
+    schedule: ScheduleName = "linear"  # course of the learning rate after the warmup
+    warmup: float = 0.1  # share of the steps in which the learning rate rises
+    batch_size: int = 16  # rows per micro-step
+    checkpoint_every: int = 100  # steps between checkpoints; a killed run goes on from the last
+    rehearsal: RehearsalSettings = field(default_factory=RehearsalSettings)
+    ewc: EwcSettings = field(default_factory=EwcSettings)
+    progressive: ProgressiveSettings = field(default_factory=ProgressiveSettings)
+    lwf: LwfSettings = field(default_factory=LwfSettings)
+    orthogonal_lora: OrthogonalLoraSettings = field(default_factory=OrthogonalLoraSettings)
+    fel: FelSettings = field(default_factory=FelSettings)
+    card: CardSettings | None = None  # measure these tasks before the first and after the last
+
+
+def train(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
+    """Learn the tasks; `out` becomes a directory with one model directory per task and the accuracy matrix.
+
+    Raises SettingsError for a name that is given twice and what a technique cannot do, DataError, TrainingError.
+    """
+    source = Path(source)
+    check_ranges(settings)
+    tasks, tests = named(settings.tasks, "tasks"), named(settings.tests, "tests")
+    check(settings, tasks, tests)
+    data = {name: fingerprint(place) for name, place in tasks.items()}
+    for name, place in tests.items():
+        data[name] |= fingerprint(place)
+
+    def work(job: Job) -> None:
+        lm = load(source)
+        if settings.card is not None:
+            card.before(job, lm, settings.card)
+        kind = kind_of(lm.model, settings)
+        columns = {"text": settings.text, "second": settings.second, "label": settings.label, "limit": settings.limit}
+        read = [
+            kind.read(name, place, tests.get(name), settings.held_out, settings.seed, **columns)
+            for name, place in tasks.items()
+        ]
+        del lm
+        method = technique(settings, kind)
+        last = learn(job, source, settings, kind, read, method, list(data.values()), as_dict(settings))
+        if settings.card is not None:
+            card.after(job, load(last), settings.card)
+
+    everything = {key: one for hashes in data.values() for key, one in hashes.items()}
+    return perform(
+        "continual train", source, out, settings, work, data=everything, companions=base_of(source), force=force
+    )
+
+
+def check(settings: Settings, tasks: Mapping[str, str], tests: Mapping[str, str]) -> None:
+    """Raises SettingsError for what does not go together, before anything is read."""
+    if len(tasks) < 2:
+        raise SettingsError(f"{len(tasks)} tasks were given; a sequence has at least 2. (--tasks a=DATA b=DATA)")
+    if unknown := [name for name in tests if name not in tasks]:
+        raise SettingsError(f"tests: {unknown[0]!r} is none of the tasks: {', '.join(tasks)}.")
+    if not settings.held_out and (without := [name for name in tasks if name not in tests]):
+        raise SettingsError(f"held_out = 0 leaves nothing to measure {without[0]!r} on; give it among the tests.")
+    if settings.parallel != "none" or settings.evaluate_every or settings.patience:
+        raise SettingsError(
+            "a sequence runs on one process and measures after each task: leave out parallel, evaluate_every, patience."
+        )
+
+
+def kind_of(model: object, settings: Settings) -> Kind:
+    """Conversations for a model that continues text, labelled texts for an encoder. Raises SettingsError."""
+    if isinstance(model, CausalLM):
+        return Conversations(settings.max_length)
+    if not hasattr(model, "classify"):
+        raise SettingsError(f"a {type(model).__name__} learns neither conversations nor labelled texts.")
+    if settings.rank is not None:
+        raise SettingsError(
+            "rank: a classifier trains with all of its model here, and an adapter's files do not hold it; "
+            "use method orthogonal_lora, whose LoRA becomes part of the weights."
+        )
+    return LabelledTexts(settings.max_length, settings.heads == "own")
+
+
+def technique(settings: Settings, kind: Kind) -> Method:
+    """The technique of that name with its settings. Raises SettingsError."""
+    rank = settings.rank
+    if rank is not None and settings.method in ("progressive", "orthogonal_lora", "fel"):
+        raise SettingsError(f"{settings.method} decides itself what trains; leave out rank.")
+    match settings.method:
+        case "rehearsal":
+            return Rehearsal(settings.rehearsal, rank)
+        case "ewc":
+            return Ewc(settings.ewc, rank)
+        case "progressive":
+            return Progressive(settings.progressive)
+        case "lwf":
+            return Lwf(settings.lwf, rank)
+        case "orthogonal_lora":
+            return OrthogonalLora(settings.orthogonal_lora)
+        case "fel":
+            return Fel(settings.fel)
+        case "plain":
+            return Method(rank)

@@ -1,0 +1,182 @@
+"""Every technique over a sequence: ordinary directories, the matrix in the record, going on after a kill, bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import bildung
+from bildung.continual import sequence
+from bildung.continual.tasks import LabelledTexts, named
+from bildung.continual.train import Settings, train
+from bildung.core.errors import DataError, SettingsError
+from bildung.core.record import read_record
+from bildung.train import fit as fit_module
+
+
+def test_plain_training_over_three_tasks(
+    encoder: Path, tasks: Any, given: Callable[..., Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    record = train(encoder, out, given(tasks=tasks, steps=40))
+    measured = record.measured
+    assert measured["tasks"] == ["pets", "times", "colours"] and len(measured["scores"]) == 3
+    assert all(row[name]["score"] > 0.9 for row, name in zip(measured["scores"], measured["tasks"], strict=True))
+    assert measured["scores"][0]["pets"]["n"] == 30 and measured["average_accuracy"] > 0.6
+    assert f"forgetting {measured['forgetting']:.3f}" in capsys.readouterr().out
+    assert json.loads((out / "matrix.json").read_text())["forgetting"] == measured["forgetting"]
+    assert (out / "matrix.png").stat().st_size > 1000
+    for number, name in enumerate(measured["tasks"], start=1):
+        place = out / f"{number}-{name}"
+        peer = transformers.AutoModelForSequenceClassification.from_pretrained(place).eval()
+        assert peer.config.id2label[2] == "times/day"
+        lm = bildung.load(place)
+        tokens = torch.tensor([[2, 40, 41, 42, 3]])
+        with torch.no_grad():
+            assert torch.allclose(peer(tokens).logits, lm.model.classify(lm.model.hidden(tokens)), atol=1e-4)
+        own = read_record(place)
+        assert (
+            own is not None
+            and own.settings["task"] == name
+            and own.measured["scores"] == measured["scores"][number - 1]
+        )
+    last = read_record(out / "3-colours")
+    assert last is not None and [ancestor["settings"]["task"] for ancestor in last.ancestors] == ["pets", "times"]
+
+
+def test_shared_heads_are_one_choice_between_all_classes(
+    encoder: Path, given: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """Class-incremental: rows of the first task lose against the new ones, and plain training forgets all."""
+    record = train(encoder, tmp_path / "out", given(heads="shared", steps=60))
+    assert bildung.load(tmp_path / "out" / "2-times").config.num_labels == 4
+    assert record.measured["scores"][1]["pets"]["score"] < 0.3 < 0.9 < record.measured["scores"][1]["times"]["score"]
+
+
+def test_conversations(tiny_lm_directory: Path, tmp_path: Path) -> None:
+    """Scores are minus nats; a LoRA goes on learning through all tasks, as an adapter of the first model."""
+    files = []
+    for name, answer in (("sea", "The sea is blue."), ("sky", "Berlin is in the sky.")):
+        path = tmp_path / f"{name}.jsonl"
+        turns = [{"role": "user", "content": "Say."}, {"role": "assistant", "content": answer}]
+        path.write_text("\n".join([json.dumps({"messages": turns})] * 12))
+        files.append(f"{name}={path}")
+    settings = Settings(
+        tasks=tuple(files),
+        held_out=2,
+        steps=12,
+        learning_rate=1e-2,
+        precision="fp32",
+        rank=4,
+        method="ewc",
+        ewc={"examples": 4, "pilot": 3},  # type: ignore[arg-type]
+    )
+    record = train(tiny_lm_directory, tmp_path / "out", settings)
+    first, second = (row["sea"]["score"] for row in record.measured["scores"])
+    assert record.measured["scores_before"]["sea"]["score"] < first < 0 and second < first
+    lm = bildung.load(tmp_path / "out" / "2-sky")
+    deltas = [linear.deltas for linear in lm.model.linears().values() if linear.deltas]
+    assert all(list(one) == ["default"] and one["default"].rank == 4 for one in deltas)
+
+
+def test_a_killed_sequence_goes_on_in_the_task_it_was_in(
+    encoder: Path, given: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = given(steps=12, checkpoint_every=4, method="rehearsal")
+    whole = train(encoder, tmp_path / "whole", settings)
+    log, done = fit_module.Log.add, []
+
+    def killed(self: Any, row: dict[str, Any]) -> None:
+        log(self, row)
+        done.append(row["step"])
+        if len(done) == 18:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module.Log, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(encoder, tmp_path / "out", settings)
+    partial = tmp_path / "out.partial"
+    first = (partial / "1-pets" / "record.json").stat()
+    assert not (tmp_path / "out").exists() and (partial / "2-times.partial").exists()
+    learned: list[int] = []
+    step = sequence.run
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        history = step(*args, **kwargs)
+        learned.append(history.steps)
+        return history
+
+    monkeypatch.setattr(sequence, "run", counted)
+    record = train(encoder, tmp_path / "out", settings)
+    again = (tmp_path / "out" / "1-pets" / "record.json").stat()
+    assert (again.st_ino, again.st_mtime_ns) == (first.st_ino, first.st_mtime_ns) and learned == [12]
+    assert record.measured["scores"] == whole.measured["scores"]
+    a, b = (bildung.load(tmp_path / name / "2-times").model.state_dict() for name in ("whole", "out"))
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_a_finished_sequence_is_up_to_date_and_may_be_gone_on_from(
+    encoder: Path, tasks: Any, given: Callable[..., Settings], tmp_path: Path
+) -> None:
+    settings = given(steps=2)
+    made = train(encoder, tmp_path / "out", settings)
+    assert train(encoder, tmp_path / "out", settings).started == made.started
+    more = train(tmp_path / "out" / "2-times", tmp_path / "more", given(tasks=(tasks[0], tasks[2]), steps=1))
+    assert any("rows of the classifier that were kept: pets/cat, pets/dog" in note for note in more.notes)
+
+
+def test_a_test_set_of_its_own(encoder: Path, tasks: Any, given: Callable[..., Settings], tmp_path: Path) -> None:
+    other = tmp_path / "test.jsonl"
+    other.write_text('{"text": "a cat", "label": "cat"}\n{"text": "a dog", "label": "dog"}\n')
+    record = train(encoder, tmp_path / "out", given(tests=(f"pets={other}",), steps=1))
+    assert record.measured["scores"][0]["pets"]["n"] == 2 and record.measured["scores"][0]["times"]["n"] == 30
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"tasks": ("a=x", "a=y")}, "'a' is given twice"),
+        ({"tasks": ("a=x",)}, "at least 2"),
+        ({"tasks": ("a=x", "b")}, "NAME=DATA is expected"),
+        ({"tasks": ("a/b=x", "b=y")}, "NAME=DATA is expected"),
+        ({"tests": ("c=x",)}, "'c' is none of the tasks"),
+        ({"held_out": 0}, "leaves nothing to measure"),
+        ({"evaluate_every": 5}, "leave out parallel, evaluate_every"),
+        ({"rank": 4}, "rank: a classifier trains with all of its model"),
+        ({"method": "progressive", "heads": "shared"}, "must be told the task"),
+        ({"method": "rehearsal", "rehearsal": {"generate": True}}, "an encoder writes no texts"),
+    ],
+)
+def test_what_is_refused(
+    encoder: Path, given: Callable[..., Settings], tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    with pytest.raises((SettingsError, DataError), match=said):
+        train(encoder, tmp_path / "out", given(**{"steps": 1, **wrong}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_conversations_do_not_take(tiny_lm_directory: Path, tasks: Any, tmp_path: Path) -> None:
+    talks = tmp_path / "talks.jsonl"
+    turns = [{"role": "user", "content": "Say."}, {"role": "assistant", "content": "So."}]
+    talks.write_text("\n".join([json.dumps({"messages": turns})] * 6))
+    common = {"tasks": (f"a={talks}", f"b={talks}"), "held_out": 1, "steps": 1, "precision": "fp32"}
+    with pytest.raises(SettingsError, match="conversations have none"):
+        train(tiny_lm_directory, tmp_path / "out", Settings(**common, method="fel"))
+    with pytest.raises(SettingsError, match="leave out rank"):
+        train(tiny_lm_directory, tmp_path / "out", Settings(**common, method="fel", rank=3))
+
+
+def test_names_of_tasks_and_rows_of_the_head(tasks: Any) -> None:
+    assert named(("a=x=y",), "tasks") == {"a": "x=y"}
+    for own, groups in ((True, [0, 0, 1, 1]), (False, [0, 0, 0, 0])):
+        kind = LabelledTexts(16, own)
+        for name, place in (one.split("=") for one in tasks[:2]):
+            kind.read(name, place, None, 5, 0, text="text", second=None, label="label", limit=None)
+        assert kind.groups == groups and kind.rows_of(1) == ([2, 3] if own else [0, 1, 2, 3])

@@ -54,7 +54,7 @@ def score(model: Decoder, examples: Sequence[Example], *, batch_tokens: int = 20
     """
     if empty := [index for index, example in enumerate(examples) if not example.num_targets]:
         raise DataError(f"examples {empty[:5]} have no target token: there is nothing to score")
-    inputs = [_input(example) for example in examples]
+    inputs = [input_of(example) for example in examples]
     rows, row_of = share_prefixes(inputs)
     wanted: dict[int, list[int]] = {}  # row -> the examples that it serves
     for index, row in enumerate(row_of):
@@ -64,17 +64,17 @@ def score(model: Decoder, examples: Sequence[Example], *, batch_tokens: int = 20
         for batch in batches([len(row) for row in rows], batch_tokens):
             h_BLD = model.hidden(_padded([rows[row] for row in batch], model.device))
             served = [(b, index) for b, row in enumerate(batch) for index in wanted[row]]
-            scores.update(_score_batch(model, h_BLD, served, examples))
+            scores.update(score_batch(model, h_BLD, served, examples))
     return [scores[index] for index in range(len(examples))]
 
 
-def _input(example: Example) -> tuple[int, ...]:
+def input_of(example: Example) -> tuple[int, ...]:
     """The tokens the model must read: all before the last target."""
     last = max(index for index, is_target in enumerate(example.loss_mask) if is_target)
     return tuple(example.tokens[:last])
 
 
-def _score_batch(
+def score_batch(
     model: Decoder, h_BLD: Tensor, served: list[tuple[int, int]], examples: Sequence[Example]
 ) -> dict[int, Score]:
     length = h_BLD.shape[1]

@@ -88,14 +88,14 @@ def load_task(name: str, *, limit: int | None = None, seed: int = 0) -> Task:
     path = task_file.find_task_file(name)
     file = task_file.read_task_file(path)
     split = file.test_split or file.validation_split
-    documents, notes = _read(path, file, split)
+    documents, notes = read_documents(path, file, split)
     limit = file.metadata.get("limit") if limit is None else limit
-    chosen = _draw(documents, limit, f"{seed} {file.task}")
+    chosen = draw_documents(documents, limit, f"{seed} {file.task}")
     pool: list[Row] = []
     if file.num_fewshot:
         shots_split = file.fewshot_split or file.training_split or split
-        pool = documents if shots_split == split else _read(path, file, shots_split)[0]
-        pool = [row for row in pool if file.output_type != "multiple_choice" or _is_answered(file, row)]
+        pool = documents if shots_split == split else read_documents(path, file, shots_split)[0]
+        pool = [row for row in pool if file.output_type != "multiple_choice" or is_answered(file, row)]
     try:
         questions = [_question(file, row, _shots(file, row, pool, seed)) for row in chosen]
     except (DataError, Unusable) as error:
@@ -118,7 +118,7 @@ def data_of(name: str) -> dict[str, str]:
     return {name.removeprefix(f"{task_file.PACKAGED}/"): digest for name, digest in hashes.items()}
 
 
-def _read(path: Path, file: TaskFile, split: str | None) -> tuple[list[Row], list[str]]:
+def read_documents(path: Path, file: TaskFile, split: str | None) -> tuple[list[Row], list[str]]:
     documents: list[Row] = []
     notes: list[str] = []
     for source, its_split in sources_of(path, file, split):
@@ -131,7 +131,7 @@ def _read(path: Path, file: TaskFile, split: str | None) -> tuple[list[Row], lis
     return documents, notes
 
 
-def _draw(documents: list[Row], limit: Any, seed: str) -> list[Row]:
+def draw_documents(documents: list[Row], limit: Any, seed: str) -> list[Row]:
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise DataError(f"limit = {limit!r}: at least 1 document, or None for all")
     if limit is None or limit >= len(documents):
@@ -159,13 +159,13 @@ def _question(file: TaskFile, row: Row, shots: list[Row]) -> Question:
     shown = [f"{text_of(file, shot)}{file.target_delimiter}{_solution(file, shot)}" for shot in shots]
     context = file.description + "".join(text + file.fewshot_delimiter for text in shown) + text_of(file, row)
     if file.output_type == "multiple_choice":
-        return Question(context, tuple(choices_of(file, row)), _right(file, row))
+        return Question(context, tuple(choices_of(file, row)), right_choices(file, row))
     target = target_of(file, row)
     answers = tuple(map(str, target)) if isinstance(target, list) and file.output_type == "generate_until" else None
     return Question(context, answers or (_solution(file, row),))
 
 
-def _right(file: TaskFile, row: Row) -> tuple[int, ...]:
+def right_choices(file: TaskFile, row: Row) -> tuple[int, ...]:
     """The numbers of the right choices."""
     choices, target = choices_of(file, row), target_of(file, row)
     right = []
@@ -182,7 +182,7 @@ def _right(file: TaskFile, row: Row) -> tuple[int, ...]:
 def _solution(file: TaskFile, row: Row) -> str:
     """The right answer as it is shown in an example."""
     if file.output_type == "multiple_choice":
-        return choices_of(file, row)[_right(file, row)[0]]
+        return choices_of(file, row)[right_choices(file, row)[0]]
     target = target_of(file, row)
     if isinstance(target, int) and file.doc_to_choice is not None:
         return choices_of(file, row)[target]
@@ -256,6 +256,6 @@ def _argmax(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
 
 
-def _is_answered(file: TaskFile, row: Row) -> bool:
+def is_answered(file: TaskFile, row: Row) -> bool:
     target = target_of(file, row)
     return not (isinstance(target, int) and target < 0)  # hidden test labels are -1 in many hub datasets

@@ -59,12 +59,23 @@ class Dense(WeightStore):
         self.weight = weight_OI
         self.out_features, self.in_features = weight_OI.shape
         self.packed: Tensor | None = None  # a copy in the kernel's own layout, while packed.py lends one
+        self.cast: Tensor | None = None  # a copy in another type, while `cast_to` lends one
 
     def forward(self, x_BLI: Tensor, bias_O: Tensor | None) -> Tensor:
         if self.packed is not None and self.packed.dtype == x_BLI.dtype and not torch.is_grad_enabled():
             return packed_linear(x_BLI, self.packed, bias_O)
         # Master weights may be float32 while activations run in bfloat16: the cast's backward returns a float32 grad.
-        return F.linear(x_BLI, self.weight.to(x_BLI.dtype), None if bias_O is None else bias_O.to(x_BLI.dtype))
+        weight_OI = self.weight if self.cast is None else self.cast
+        return F.linear(x_BLI, weight_OI.to(x_BLI.dtype), None if bias_O is None else bias_O.to(x_BLI.dtype))
+
+    @contextmanager
+    def cast_to(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """A copy in `dtype` that stands in for the matrix, for many uses in a row; gradients go to the copy."""
+        self.cast = self.weight.detach().to(dtype).requires_grad_()
+        try:
+            yield self.cast
+        finally:
+            self.cast = None
 
     def dense(self) -> Tensor:
         return self.weight

@@ -25,15 +25,17 @@ A model is then never rewarded for certainty. The loss is no longer a surprisal:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bildung.data.batches import Batch
 from bildung.model.base import CausalLM
+from bildung.model.linear import Dense
 from bildung.train.loss import LossSum
 
 # Logits alive at a time: 32 MB in float32. Larger blocks would be fetched from the system and zeroed anew each time.
@@ -92,12 +94,12 @@ def hidden(model: CausalLM, batch: Batch) -> Tensor:
 
 def surprisal(model: CausalLM, h_ND: Tensor, targets_N: Tensor, smoothing: float = 0.0) -> Tensor:
     """-log p(target) in nats (N,), float32, of final-norm states and the tokens that follow them."""
-    vocab_size: int = model.config.vocab_size
     if not torch.is_grad_enabled():
-        chunks = _chunks(h_ND, vocab_size)
-        nll = [_nll(model.unembed(h_ND[rows]), targets_N[rows], smoothing)[0] for rows in chunks]
+        chunks = _chunks(h_ND, model.config.vocab_size)
+        # The same arithmetic as with gradients: DPO's first step compares the two, and they agree to the last bit.
+        nll = [_nll_and_slope(model.unembed(h_ND[rows]), targets_N[rows], smoothing)[0] for rows in chunks]
         return torch.cat([h_ND.new_empty(0, dtype=torch.float32), *nll])
-    nll_N: Tensor = _Surprisal.apply(h_ND, targets_N, model.unembed, vocab_size, smoothing, *_head(model))
+    nll_N: Tensor = _Surprisal.apply(h_ND, targets_N, model, smoothing, *_head(model))
     return nll_N
 
 
@@ -105,8 +107,7 @@ def surprisal_sum(model: CausalLM, h_ND: Tensor, targets_N: Tensor, smoothing: f
     """The same, summed: faster where the unembedding trains."""
     if not torch.is_grad_enabled():
         return surprisal(model, h_ND, targets_N, smoothing).sum()
-    vocab_size: int = model.config.vocab_size
-    total: Tensor = _SurprisalSum.apply(h_ND, targets_N, model.unembed, vocab_size, smoothing, *_head(model))
+    total: Tensor = _SurprisalSum.apply(h_ND, targets_N, model, smoothing, *_head(model))
     return total
 
 
@@ -119,46 +120,58 @@ def _chunks(h_ND: Tensor, vocab_size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, h_ND.shape[0], size))
 
 
-def _nll(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """-log p(target) (C,), smoothed, and log p of every token (C, V), both float32."""
-    logp_CV = torch.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
-    nll_C = -logp_CV.gather(1, targets_C[:, None])[:, 0]
-    if smoothing:
-        nll_C = (1 - smoothing) * nll_C - smoothing * logp_CV.mean(dim=-1)
-    return nll_C, logp_CV
+def _nll_and_slope(
+    logits_CV: Tensor, targets_C: Tensor, smoothing: float, spare_CV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """-log p(target) (C,), smoothed, and its slope by the logits (C, V), both float32: p - what p should be, which is
+    (1 - ε) one_hot(target) + ε / V.
 
-
-def _slope(logp_CV: Tensor, targets_C: Tensor, smoothing: float) -> Tensor:
-    """d loss / d logits = p - what p should be: (1 - ε) one_hot(target) + ε / V. Overwrites `logp_CV`."""
-    p_CV = logp_CV.exp_()
+    spare_CV: float32, is written over and holds the slope. One exponential per logit does for both: with a the place of
+    the largest logit x_a, log Z = x_a - log p_a, and p_a is at least 1 / V.
+    """
+    x_CV = torch.empty_like(logits_CV, dtype=torch.float32) if spare_CV is None else spare_CV[: len(logits_CV)]
+    x_CV.copy_(logits_CV)
+    largest_C, target_C = x_CV.amax(-1), x_CV.gather(1, targets_C[:, None])[:, 0]
+    wanted_C = (1 - smoothing) * target_C + smoothing * x_CV.mean(-1) if smoothing else target_C
+    p_CV = torch.softmax(x_CV, -1, out=x_CV)
+    nll_C = largest_C - p_CV.amax(-1).log() - wanted_C
     p_CV[torch.arange(len(targets_C), device=p_CV.device), targets_C] -= 1 - smoothing
-    return p_CV.sub_(smoothing / p_CV.shape[-1]) if smoothing else p_CV
+    return nll_C, p_CV.sub_(smoothing / p_CV.shape[-1]) if smoothing else p_CV
+
+
+def _spare(h_ND: Tensor, vocab_size: int) -> Tensor:
+    """What the chunks' slopes are written to one after the other: memory fetched anew would be zeroed each time."""
+    rows = min(max(1, CHUNK_ELEMENTS // vocab_size), len(h_ND))
+    return torch.empty(rows, vocab_size, dtype=torch.float32, device=h_ND.device)
+
+
+@contextlib.contextmanager
+def _leaves(model_head: nn.Module, head: Sequence[Tensor], dtype: torch.dtype) -> Iterator[list[Tensor]]:
+    """What to take gradients of in place of `head`: of a float32 matrix its copy in `dtype`, made once for all chunks.
+    Its gradient then comes in `dtype` as well, and is added up in float32."""
+    base = getattr(model_head, "base", None)
+    if not isinstance(base, Dense) or base.weight.dtype == dtype or not any(one is base.weight for one in head):
+        yield list(head)
+        return
+    with base.cast_to(dtype) as cast_OI:
+        yield [cast_OI if one is base.weight else one for one in head]
 
 
 class _Surprisal(torch.autograd.Function):
     """-log p(target) by chunks. `unembed` must treat rows one by one, as every unembedding does."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        h_ND: Tensor,
-        targets_N: Tensor,
-        unembed: Callable[[Tensor], Tensor],
-        vocab_size: int,
-        smoothing: float,
-        *head: Tensor,
-    ) -> Tensor:
-        ctx.unembed, ctx.vocab_size, ctx.smoothing, ctx.head = unembed, vocab_size, smoothing, head
+    def forward(ctx: Any, h_ND: Tensor, targets_N: Tensor, model: CausalLM, smoothing: float, *head: Tensor) -> Tensor:
+        ctx.model, ctx.smoothing, ctx.head = model, smoothing, head
         ctx.random_state = torch.get_rng_state() if head else None  # a delta on the unembedding may have dropout
         nll_N = h_ND.new_empty(h_ND.shape[0], dtype=torch.float32)
-        slope_ND = torch.empty_like(h_ND)
-        for rows in _chunks(h_ND, vocab_size):
+        slope_ND, spare_CV = torch.empty_like(h_ND), _spare(h_ND, model.config.vocab_size)
+        for rows in _chunks(h_ND, model.config.vocab_size):
             h_CD = h_ND[rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits_CV = unembed(h_CD)
-            nll_N[rows], logp_CV = _nll(logits_CV.detach(), targets_N[rows], smoothing)
-            slope_CV = _slope(logp_CV, targets_N[rows], smoothing).to(logits_CV.dtype)
-            (slope_ND[rows],) = torch.autograd.grad(logits_CV, h_CD, slope_CV)
+                logits_CV = model.unembed(h_CD)
+            nll_N[rows], slope_CV = _nll_and_slope(logits_CV.detach(), targets_N[rows], smoothing, spare_CV)
+            (slope_ND[rows],) = torch.autograd.grad(logits_CV, h_CD, slope_CV.to(logits_CV.dtype))
         # Detached: a tied unembedding is also the embedding that h came from; only its share as a head belongs here.
         ctx.save_for_backward(slope_ND, targets_N, *([h_ND.detach()] if head else []))
         return nll_N
@@ -169,51 +182,45 @@ class _Surprisal(torch.autograd.Function):
         slope_ND, targets_N, *rest = ctx.saved_tensors
         grad_h_ND = slope_ND * weight_N[:, None].to(slope_ND.dtype)
         if not ctx.head:
-            return grad_h_ND, None, None, None, None
+            return grad_h_ND, None, None, None
         grads = [torch.zeros_like(parameter) for parameter in ctx.head]
-        with torch.random.fork_rng(devices=[]):
+        spare_CV = _spare(rest[0], ctx.model.config.vocab_size)
+        with torch.random.fork_rng(devices=[]), _leaves(ctx.model.lm_head, ctx.head, slope_ND.dtype) as leaves:
             torch.set_rng_state(ctx.random_state)
-            for rows in _chunks(rest[0], ctx.vocab_size):
+            for rows in _chunks(rest[0], ctx.model.config.vocab_size):
                 with torch.enable_grad():
-                    logits_CV = ctx.unembed(rest[0][rows])
-                logp_CV = _nll(logits_CV.detach(), targets_N[rows], ctx.smoothing)[1]
-                slope_CV = _slope(logp_CV, targets_N[rows], ctx.smoothing)
+                    logits_CV = ctx.model.unembed(rest[0][rows])
+                slope_CV = _nll_and_slope(logits_CV.detach(), targets_N[rows], ctx.smoothing, spare_CV)[1]
                 slope_CV = slope_CV.mul_(weight_N[rows, None]).to(logits_CV.dtype)
-                for grad, share in zip(grads, torch.autograd.grad(logits_CV, ctx.head, slope_CV), strict=True):
+                for grad, share in zip(grads, torch.autograd.grad(logits_CV, leaves, slope_CV), strict=True):
                     grad += share
-        return grad_h_ND, None, None, None, None, *grads
+        return grad_h_ND, None, None, None, *grads
 
 
 class _SurprisalSum(torch.autograd.Function):
     """Its sum. One factor stands before all slopes, so those of the unembedding too are complete before it is known."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        h_ND: Tensor,
-        targets_N: Tensor,
-        unembed: Callable[[Tensor], Tensor],
-        vocab_size: int,
-        smoothing: float,
-        *head: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, h_ND: Tensor, targets_N: Tensor, model: CausalLM, smoothing: float, *head: Tensor) -> Tensor:
         total = h_ND.new_zeros((), dtype=torch.float32)
-        slope_ND = torch.empty_like(h_ND)
-        grads: list[Tensor] = []
-        for rows in _chunks(h_ND, vocab_size):
-            h_CD = h_ND[rows].detach().requires_grad_()
-            with torch.enable_grad():
-                logits_CV = unembed(h_CD)
-            nll_C, logp_CV = _nll(logits_CV.detach(), targets_N[rows], smoothing)
-            total += nll_C.sum()
-            slope_CV = _slope(logp_CV, targets_N[rows], smoothing).to(logits_CV.dtype)
-            slope_ND[rows], *shares = torch.autograd.grad(logits_CV, (h_CD, *head), slope_CV)
-            grads = [grad.add_(share) for grad, share in zip(grads, shares, strict=True)] if grads else shares
-        ctx.save_for_backward(slope_ND, *(grads or [torch.zeros_like(parameter) for parameter in head]))
+        slope_ND, spare_CV = torch.empty_like(h_ND), _spare(h_ND, model.config.vocab_size)
+        grads = [torch.zeros_like(parameter) for parameter in head]
+        with _leaves(model.lm_head, head, h_ND.dtype) as leaves:
+            for rows in _chunks(h_ND, model.config.vocab_size):
+                h_CD = h_ND[rows].detach().requires_grad_()
+                with torch.enable_grad():
+                    logits_CV = model.unembed(h_CD)
+                nll_C, slope_CV = _nll_and_slope(logits_CV.detach(), targets_N[rows], smoothing, spare_CV)
+                total += nll_C.sum()
+                slope_CV = slope_CV.to(logits_CV.dtype)
+                slope_ND[rows], *shares = torch.autograd.grad(logits_CV, (h_CD, *leaves), slope_CV)
+                for grad, share in zip(grads, shares, strict=True):
+                    grad += share
+        ctx.save_for_backward(slope_ND, *grads)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
         slope_ND, *grads = (slope.mul_(weight.to(slope.dtype)) for slope in ctx.saved_tensors)
-        return slope_ND, None, None, None, None, *grads
+        return slope_ND, None, None, None, *grads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -159,11 +160,45 @@ def test_smoothed_loss_is_least_at_the_smoothed_distribution(make_model):
     best = math.log((1 - eps) + eps / V), math.log(eps / V)
     logits = torch.full((1, V), best[1])
     logits[0, 7] = best[0]
-    found, logp = objectives._nll(logits, torch.tensor([7]), eps)
+    found, slope = objectives._nll_and_slope(logits, torch.tensor([7]), eps)
     assert float(found) == pytest.approx(
         -(math.exp(best[0]) * best[0] + (V - 1) * math.exp(best[1]) * best[1]), rel=1e-5
     )
-    assert objectives._slope(logp, torch.tensor([7]), eps).abs().max() < 1e-6
+    assert slope.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 300.0])
+def test_one_exponential_is_as_exact_as_two(spread):
+    logits = (spread * torch.randn(50, 61)).bfloat16()
+    targets = torch.randint(0, 61, (50,))
+    nll, slope = objectives._nll_and_slope(logits, targets, 0.0)
+    exact = torch.log_softmax(logits.double(), -1)
+    torch.testing.assert_close(nll.double(), -exact.gather(1, targets[:, None])[:, 0], rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(slope.double(), exact.exp() - F.one_hot(targets, 61), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("summed", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_float32_head_is_cast_once_for_all_chunks(make_model, batch_at, monkeypatch, tied, summed):
+    """Its gradient is that of casting it for each chunk, bit for bit."""
+    monkeypatch.setattr(objectives, "CHUNK_ELEMENTS", 3 * 61)
+    model, batch, casts = make_model(tied), batch_at(0), []
+    model.compute_dtype = torch.bfloat16
+    cast_to = type(model.lm_head.base).cast_to
+    monkeypatch.setattr(
+        type(model.lm_head.base), "cast_to", lambda base, dtype: casts.append(dtype) or cast_to(base, dtype)
+    )
+
+    def loss():
+        return clm(model, batch).total if summed else -token_logprobs(model, batch).sum()
+
+    ours = gradients(model, loss())
+    assert casts == [torch.bfloat16] and model.lm_head.base.cast is None
+    monkeypatch.setattr(objectives, "_leaves", lambda head, leaves, dtype: contextlib.nullcontext(list(leaves)))
+    theirs = gradients(model, loss())
+    assert len(casts) == 1
+    for name in ours:
+        assert ours[name].dtype == torch.float32 and torch.equal(ours[name], theirs[name]), name
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -5,6 +5,8 @@
     IA3         factors of features                                  adapter_ia3.py
     BITFIT      biases, whole (our own; peft has no such type)       adapter_bitfit.py
     INTRINSIC   a few numbers and seeds (our own)                    adapter_intrinsic.py
+    PROMPT_TUNING, PREFIX_TUNING   virtual tokens                    adapter_prompt.py, adapter_prefix.py
+    ATTACHED    modules at activation sites (our own)                adapter_attached.py
 
 What `peft` writes is read here, and `peft` reads what is written here, with equal logits. Names and shapes are those of
 the family's files (see adapter_names.py). A directory holds one type, so a model with deltas of two types is refused
@@ -20,7 +22,15 @@ from types import ModuleType
 from typing import Any
 
 from bildung.core.errors import AdapterError, OutputError, nearest
-from bildung.model import adapter_bitfit, adapter_ia3, adapter_intrinsic, adapter_lora
+from bildung.model import (
+    adapter_attached,
+    adapter_bitfit,
+    adapter_ia3,
+    adapter_intrinsic,
+    adapter_lora,
+    adapter_prefix,
+    adapter_prompt,
+)
 from bildung.model.linear import linears
 from bildung.model.safetensors_file import write_file
 
@@ -33,6 +43,9 @@ TYPES: dict[str, ModuleType] = {
     "IA3": adapter_ia3,
     "BITFIT": adapter_bitfit,
     "INTRINSIC": adapter_intrinsic,
+    "PROMPT_TUNING": adapter_prompt,
+    "PREFIX_TUNING": adapter_prefix,
+    "ATTACHED": adapter_attached,
 }
 # Keys that say how training went, where things lie, or what the tensors' own names and shapes say again.
 INERT = set(

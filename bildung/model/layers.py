@@ -110,7 +110,7 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        if self.weight.dtype == x_BLD.dtype:
+        if self.weight.dtype == self.bias.dtype == x_BLD.dtype:
             return F.layer_norm(x_BLD, self.weight.shape, self.weight, self.bias, self.eps)
         weight, bias = self.weight.to(x_BLD.dtype), self.bias.to(x_BLD.dtype)
         return F.layer_norm(x_BLD, self.weight.shape, weight, bias, self.eps)
@@ -206,9 +206,10 @@ class MLP(nn.Module):
         self.down_proj = dense_linear(inner, size, bias=bias)
         self.gated, self.act, self.dropout = config.gated, activation(config.hidden_act), config.activation_dropout
         self.taps = taps
-        self.act_site, self.out_site = f"{site}.act", f"{site}.out"
+        self.in_site, self.act_site, self.out_site = (f"{site}.{word}" for word in ("in", "act", "out"))
 
     def forward(self, x_BLD: Tensor) -> Tensor:
+        x_BLD = self.taps(self.in_site, x_BLD)
         if self.gated:
             gate_BLF, up_BLF = project(x_BLD, self.gate_proj, self.up_proj)
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -21,7 +21,7 @@ from bildung.core import ranks
 from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, nearest
 from bildung.core.record import Record, damage, hash_directory, read_record
 from bildung.core.staging import check_name
-from bildung.model import adapter_file, adapter_kinds, attachments, names, onnx_file, quantized_file, virtual_file
+from bildung.model import adapter_attached, adapter_file, attachments, names, onnx_file, quantized_file
 from bildung.model.build import make
 from bildung.model.config import BaseConfig, from_dict, read_config
 from bildung.model.gguf_file import hf_config, hf_state_dict, read_gguf
@@ -71,10 +71,16 @@ class LanguageModel:
         """What was added to the base and is saved apart from it, in words; empty for a plain model."""
         kinds = {
             "deltas": any(linear.deltas for linear in self.model.linears().values()),
+            "retrained parameters": bool(self.model.retrained),
             "virtual tokens": virtual_of(self.model) is not None,
-            "attached modules": bool(self.model.attached) and self.base != self.path,
+            "attached modules": self.attached_apart,
         }
         return [kind for kind, there in kinds.items() if there]
+
+    @property
+    def attached_apart(self) -> bool:
+        """Modules are attached, and not a part of the base's own directory."""
+        return bool(self.model.attached) and self.base != self.path
 
 
 def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageModel:
@@ -99,12 +105,11 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageMo
     if record is not None and (harm := damage(path, record)):
         raise ModelFileError(f"{path}: {harm} since its record was written; make it again, or delete its record.json.")
     if (path / adapter_file.CONFIG).exists():
-        kind = adapter_kinds.reader(path)
-        settings = kind.read_config(path)
+        settings = adapter_file.read_config(path)
         base = adapter_file.find_base(path, settings)
         _warn_of_another_base(path, record, base)
         lm = load(base, dtype)
-        kind.add_to(lm.model, path, settings)
+        adapter_file.add_to(lm.model, path, settings)
         return replace(lm, config=lm.model.config, record=record, path=path)
     config = read_config(path)
     tokenizer = no_tokenizer(config) if config.kind == "vision" else Tokenizer.load(path)
@@ -217,14 +222,13 @@ def save(lm: LanguageModel, path: str | Path) -> Path:
 
 
 def write_model(lm: LanguageModel, directory: Path) -> None:
-    """Write a model's files into `directory`: an adapter when it carries deltas, else all of its weights."""
+    """Write a model's files into `directory`: an adapter when something was added to it, else all of its weights."""
     if ranks.rank() > 0:  # of several processes one writes
         return
     if not isinstance(lm.tokenizer, NoTokenizer):
         lm.tokenizer.save(directory)
-    if virtual_of(lm.model) is not None:
-        _check_base(lm)
-        virtual_file.write(lm.model, directory, base=lm.base)
+    if lm.attached_apart:
+        write_attached(lm, directory)
         return
     if adapter_file.is_adapted(lm.model):
         _check_base(lm)
@@ -248,23 +252,40 @@ def write_model(lm: LanguageModel, directory: Path) -> None:
     attachments.write(lm.model, directory)
 
 
-def _check_base(lm: LanguageModel) -> None:
-    """An adapter keeps the deltas alone. Raises OutputError when the rest is not what lies in the base's directory."""
-    if lm.base is None or not (lm.base / "config.json").exists():
+def write_attached(lm: LanguageModel, directory: Path) -> None:
+    """Write what is attached to the model, and norms that are no longer the base's, as an adapter directory."""
+    if ranks.rank() > 0:
         return
-    own, there = state_tensors(lm.model), dict(read_tensors(lm.base))
-    names.complete(there, lm.config)
+    if not isinstance(lm.tokenizer, NoTokenizer):
+        lm.tokenizer.save(directory)
+    adapter_attached.write(lm.model, directory, lm.base, _changed(lm))
+
+
+def _check_base(lm: LanguageModel) -> None:
+    """An adapter keeps what was added alone. Raises OutputError when the rest is not what lies in the base's place."""
     kept = {names.place_of(name, names.places(lm.config))[0] for name in lm.model.retrained}
-    for name, stored in there.items():
-        if name in kept or name.endswith(QUANT_STATE) or (
-            name not in own and any(fnmatch(name, known) for known in names.repeated(lm.config))
-        ):
-            continue
-        if name not in own or not torch.equal(stored.to(own[name].dtype), own[name]):
+    for name in _changed(lm):
+        if name not in kept:
             raise OutputError(
                 f"{name} is no longer what {lm.base} holds, and an adapter on that base would leave the change out. "
                 f"Save the changed model without its deltas, load it, and add them there."
             )
+
+
+def _changed(lm: LanguageModel) -> dict[str, Tensor]:
+    """The tensors (names of the file) in which the model differs from its base's directory."""
+    if lm.base is None or not (lm.base / "config.json").exists():
+        return {}
+    own, there = state_tensors(lm.model), dict(read_tensors(lm.base))
+    names.complete(there, lm.config)
+    changed = {}
+    for name, stored in there.items():
+        needless = name not in own and any(fnmatch(name, known) for known in names.repeated(lm.config))
+        if name.endswith(QUANT_STATE) or needless:
+            continue
+        if name not in own or not torch.equal(stored.to(own[name].dtype), own[name]):
+            changed[name] = own.get(name, stored)
+    return changed
 
 
 def state_tensors(model: Any) -> dict[str, Tensor]:

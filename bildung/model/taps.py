@@ -111,7 +111,7 @@ def sites(model: nn.Module) -> dict[str, str]:
 
     B batch, L query length, S key length, D hidden_size, N attention heads, K key-value heads, H head_dim, F
     intermediate_size, V vocabulary, C classes. `attn.q` and `attn.k` are before the rotation; `attn.scores` after the
-    mask.
+    mask; `mlp.in` after the norm that stands before the feed-forward layer.
     """
     _check_model(model)
     return dict(model.sites)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ from bildung.data.sources import fingerprint
 from bildung.data.text import conversations
 from bildung.evaluate import card
 from bildung.evaluate.card import CardSettings
-from bildung.model import adapter_file, adapter_kinds
+from bildung.model import adapter_file
 from bildung.model.store import LanguageModel, load
 from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.objectives import clm
@@ -83,7 +83,7 @@ def base_of(source: Path) -> dict[str, Path]:
     """{"base": directory} when `source` is an adapter: its own files do not say what its base holds. Else {}."""
     if not (source / adapter_file.CONFIG).exists():
         return {}
-    return {"base": adapter_kinds.base_of(source)}
+    return {"base": adapter_file.find_base(source, adapter_file.read_config(source))}
 
 
 def train(job: Job, lm: LanguageModel, given: Tuning) -> None:

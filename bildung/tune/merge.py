@@ -47,7 +47,7 @@ def merge(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 
     def work(job: Job) -> None:
         lm = load(source)
-        if others := set(lm.added) - {"deltas"}:
+        if others := set(lm.added) & {"virtual tokens", "attached modules"}:
             raise AdapterError(
                 f"{source} holds {', '.join(others)}, which change no matrix: there is nothing to merge."
             )

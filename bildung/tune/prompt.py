@@ -30,7 +30,7 @@ from bildung.core.errors import AdapterError, SettingsError
 from bildung.core.operation import Job
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.model import virtual_file
+from bildung.model import adapter_file
 from bildung.model.store import LanguageModel, load, write_model
 from bildung.model.virtual import Prompt, add_virtual, check_decoder, virtual_of
 from bildung.tune.instruction import Tuning, train, tune
@@ -57,8 +57,8 @@ def prompt(source: Path, out: Path, settings: Settings, *, force: bool = False) 
 
     def work(job: Job) -> None:
         lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
-        virtual_file.check_place(lm.model, lm.base)
         add_prompt(lm, settings)
+        adapter_file.check_place(lm.model, lm.base)  # now, and not when hours of training are to be saved
         train(job, lm, settings)
         write_model(lm, job.out)
 

@@ -22,7 +22,7 @@ from bildung.core.errors import AdapterError
 from bildung.core.record import Record, damage, describe_files, hash_directory, read_record, write_record
 from bildung.core.settings import settings
 from bildung.core.staging import to_disk
-from bildung.model import adapter_file, adapter_kinds
+from bildung.model import adapter_file
 from bildung.model.store import load
 
 
@@ -47,7 +47,7 @@ def relink(adapter: Path, base: Path, *, force: bool = False) -> str:
     Raises AdapterError when `adapter` is none, was altered, or belongs on another model; ModelFileError when `base`
     cannot be loaded.
     """
-    given = adapter_kinds.read_config(adapter)
+    given = adapter_file.read_config(adapter)
     record = read_record(adapter)
     if record is not None:
         # The config itself may differ: a relink that was killed before it came to the record is done again.
@@ -56,7 +56,7 @@ def relink(adapter: Path, base: Path, *, force: bool = False) -> str:
             raise AdapterError(f"{adapter}: {harm} since its record was written; it may be no longer what was trained.")
     if (base / adapter_file.CONFIG).exists():
         raise AdapterError(f"{base} is an adapter itself; give the model it is added to, or merge it first.")
-    adapter_kinds.reader(adapter).add_to(load(base).model, adapter, given)  # raises when a matrix does not fit
+    adapter_file.add_to(load(base).model, adapter, given)  # raises when a matrix does not fit
     found = hash_directory(base)
     made_on = record and (record.companions.get("base") or record.source)
     if made_on and made_on["hash"] != found and not force:

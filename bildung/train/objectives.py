@@ -38,8 +38,11 @@ from bildung.model.base import CausalLM
 from bildung.model.linear import Dense
 from bildung.train.loss import LossSum
 
-# Logits alive at a time: 32 MB in float32. Larger blocks would be fetched from the system and zeroed anew each time.
+# Logits alive at a time in float32: 32 MB. Larger blocks would be fetched from the system and zeroed anew each time.
 CHUNK_ELEMENTS = 2**23
+# Where the unembedding trains, so many chunks of logits, in the type of the activations, share one product that is its
+# gradient: each costs a pass over the whole matrix.
+CHUNKS_OF_HEAD = 4
 
 
 def clm(model: CausalLM, batch: Batch, smoothing: float = 0.0) -> LossSum:
@@ -115,9 +118,31 @@ def _head(model: CausalLM) -> list[Tensor]:
     return [parameter for parameter in model.lm_head.parameters() if parameter.requires_grad]
 
 
-def _chunks(h_ND: Tensor, vocab_size: int) -> Iterator[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocab_size)
-    return (slice(start, start + size) for start in range(0, h_ND.shape[0], size))
+def _chunks(x: Tensor, vocab_size: int, times: int = 1) -> Iterator[slice]:
+    """Stretches of the rows of `x`, so many that their logits are `times` as many as are alive at a time."""
+    size = max(1, CHUNK_ELEMENTS // vocab_size) * times
+    return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
+
+
+def _slopes(
+    logits_NV: Tensor, targets_N: Tensor, smoothing: float, spare_CV: Tensor, weight_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """-log p(target) (N,) and its slope, weighted, in the type of the logits; by chunks."""
+    nll_N, slope_NV = torch.empty_like(targets_N, dtype=torch.float32), torch.empty_like(logits_NV)
+    for rows in _chunks(logits_NV, logits_NV.shape[1]):
+        nll_N[rows], slope_CV = _nll_and_slope(logits_NV[rows], targets_N[rows], smoothing, spare_CV)
+        slope_NV[rows] = slope_CV if weight_N is None else slope_CV.mul_(weight_N[rows, None])
+    return nll_N, slope_NV
+
+
+def _added(gradient: Tensor | None, share: Tensor, like: Tensor) -> Tensor:
+    """gradient + share in the type of `like`. (A sum over two types is slow, and a copy of the whole would be memory
+    fetched anew.)"""
+    if gradient is None:
+        return share.to(like.dtype)
+    for one, other in zip(gradient.split(4096), share.split(4096), strict=True):
+        one += other.to(like.dtype)
+    return gradient
 
 
 def _nll_and_slope(
@@ -157,6 +182,11 @@ def _leaves(model_head: nn.Module, head: Sequence[Tensor], dtype: torch.dtype) -
         yield [cast_OI if one is base.weight else one for one in head]
 
 
+def _all(grads: Sequence[Tensor | None], head: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros where no row came: with several ranks one may have no target."""
+    return [torch.zeros_like(two[1]) if two[0] is None else two[0] for two in zip(grads, head, strict=True)]
+
+
 class _Surprisal(torch.autograd.Function):
     """-log p(target) by chunks. `unembed` must treat rows one by one, as every unembedding does."""
 
@@ -183,18 +213,17 @@ class _Surprisal(torch.autograd.Function):
         grad_h_ND = slope_ND * weight_N[:, None].to(slope_ND.dtype)
         if not ctx.head:
             return grad_h_ND, None, None, None
-        grads = [torch.zeros_like(parameter) for parameter in ctx.head]
+        grads: list[Tensor | None] = [None] * len(ctx.head)
         spare_CV = _spare(rest[0], ctx.model.config.vocab_size)
         with torch.random.fork_rng(devices=[]), _leaves(ctx.model.lm_head, ctx.head, slope_ND.dtype) as leaves:
             torch.set_rng_state(ctx.random_state)
-            for rows in _chunks(rest[0], ctx.model.config.vocab_size):
+            for rows in _chunks(rest[0], ctx.model.config.vocab_size, CHUNKS_OF_HEAD):
                 with torch.enable_grad():
                     logits_CV = ctx.model.unembed(rest[0][rows])
-                slope_CV = _nll_and_slope(logits_CV.detach(), targets_N[rows], ctx.smoothing, spare_CV)[1]
-                slope_CV = slope_CV.mul_(weight_N[rows, None]).to(logits_CV.dtype)
-                for grad, share in zip(grads, torch.autograd.grad(logits_CV, leaves, slope_CV), strict=True):
-                    grad += share
-        return grad_h_ND, None, None, None, *grads
+                slope_CV = _slopes(logits_CV.detach(), targets_N[rows], ctx.smoothing, spare_CV, weight_N[rows])[1]
+                shares = torch.autograd.grad(logits_CV, leaves, slope_CV)
+                grads = [_added(*three) for three in zip(grads, shares, ctx.head, strict=True)]
+        return grad_h_ND, None, None, None, *_all(grads, ctx.head)
 
 
 class _SurprisalSum(torch.autograd.Function):
@@ -204,19 +233,18 @@ class _SurprisalSum(torch.autograd.Function):
     def forward(ctx: Any, h_ND: Tensor, targets_N: Tensor, model: CausalLM, smoothing: float, *head: Tensor) -> Tensor:
         total = h_ND.new_zeros((), dtype=torch.float32)
         slope_ND, spare_CV = torch.empty_like(h_ND), _spare(h_ND, model.config.vocab_size)
-        grads = [torch.zeros_like(parameter) for parameter in head]
+        grads: list[Tensor | None] = [None] * len(head)
+        times = CHUNKS_OF_HEAD if head else 1
         with _leaves(model.lm_head, head, h_ND.dtype) as leaves:
-            for rows in _chunks(h_ND, model.config.vocab_size):
+            for rows in _chunks(h_ND, model.config.vocab_size, times):
                 h_CD = h_ND[rows].detach().requires_grad_()
                 with torch.enable_grad():
                     logits_CV = model.unembed(h_CD)
-                nll_C, slope_CV = _nll_and_slope(logits_CV.detach(), targets_N[rows], smoothing, spare_CV)
+                nll_C, slope_CV = _slopes(logits_CV.detach(), targets_N[rows], smoothing, spare_CV)
                 total += nll_C.sum()
-                slope_CV = slope_CV.to(logits_CV.dtype)
                 slope_ND[rows], *shares = torch.autograd.grad(logits_CV, (h_CD, *leaves), slope_CV)
-                for grad, share in zip(grads, shares, strict=True):
-                    grad += share
-        ctx.save_for_backward(slope_ND, *grads)
+                grads = [_added(*three) for three in zip(grads, shares, head, strict=True)]
+        ctx.save_for_backward(slope_ND, *_all(grads, head))
         return total
 
     @staticmethod

@@ -68,14 +68,22 @@ def test_without_gradients_the_numbers_are_the_same(make_model, batch_at, chunks
     torch.testing.assert_close(sums_B, token_logprobs(model, batch).detach())
 
 
-def test_logits_exist_for_targets_only_and_a_chunk_at_a_time(make_model, batch_at, monkeypatch):
+@pytest.mark.parametrize("trained", [True, False])
+def test_logits_exist_for_targets_only_and_a_chunk_at_a_time(make_model, batch_at, monkeypatch, trained):
+    """Four chunks where the unembedding trains; in float32 one in any case."""
     monkeypatch.setattr(objectives, "CHUNK_ELEMENTS", 3 * 61)
-    model, batch = make_model(), batch_at(0)
+    model, batch, wide = make_model(), batch_at(0), []
+    model.lm_head.requires_grad_(trained)
+    nll_and_slope = objectives._nll_and_slope
+    monkeypatch.setattr(
+        objectives, "_nll_and_slope", lambda *given: wide.append(len(given[0])) or nll_and_slope(*given)
+    )
     rows = []
     unembed = model.unembed
     monkeypatch.setattr(model, "unembed", lambda h: rows.append(len(h)) or unembed(h))
     clm(model, batch)
-    assert max(rows) == 3 and sum(rows) == batch.num_targets < batch.num_tokens
+    assert max(rows) == (12 if trained else 3) and sum(rows) == batch.num_targets < batch.num_tokens
+    assert max(wide) == 3 and sum(wide) == batch.num_targets
 
 
 def test_a_delta_on_the_unembedding_trains_and_its_dropout_is_the_same_twice(make_model, chunks):

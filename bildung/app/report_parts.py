@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from bildung.app import chart
 from bildung.app.cards import Change, changes_of, differences_of
 from bildung.app.chapters import Chapter, card_tasks, changed_settings, is_number, read_log
+from bildung.core import chart
 from bildung.core.progress import duration, size
 from bildung.look import lens_page
 from bildung.look.page import data_url
@@ -20,7 +20,8 @@ from bildung.look.page import data_url
 Values = dict[str, Any]
 SMOOTHED = 60  # a curve of more points than this is drawn smoothed, over the raw one
 # Columns of metrics.jsonl that count or control and are no result.
-NOT_SHOWN = {"step", "tokens", "targets", "seconds", "epoch", "lr", "learning_rate", "grad_norm", "tokens_per_second"}
+NOT_SHOWN = {"step", "tokens", "targets", "seconds", "seconds_left", "epoch", "lr", "learning_rate", "grad_norm"}
+NOT_SHOWN |= {"tokens_per_second", "flops_utilisation"}
 # Names in records, as people say them. evaluate.compare.model_difference calls the original a, what became of it b.
 WORDS = {
     "kl_mean": "KL divergence, mean (nats)",

@@ -11,16 +11,13 @@ unigrams (how often each token occurs, add-one smoothed) and Kneser-Ney n-grams.
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import Any, cast
 
 from bildung.core import ranks
 from bildung.core.errors import SettingsError
@@ -32,30 +29,27 @@ from bildung.data.batches import Batch, Example, clm_examples, num_targets, pad,
 from bildung.data.mixture import Mixture, Phases
 from bildung.data.sources import fingerprint
 from bildung.data.token_files import DONE, TokenRows
+from bildung.evaluate.card import card
 from bildung.evaluate.ngram import KneserNey
 from bildung.model.store import LanguageModel, write_model
-from bildung.pretrain.birth import Birth, begin
+from bildung.pretrain.birth import begin
+from bildung.pretrain.meanwhile import Watched, check_looks, looks, samples
+from bildung.pretrain.size import chosen, maximal_update
 from bildung.pretrain.tokenize import encode, held_out_texts
-from bildung.run.generate import encode_prompt, generate
-from bildung.run.loop import check
 from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.fit import mean_loss
 from bildung.train.loss import LossSum
 from bildung.train.objectives import clm
 from bildung.train.training import check_ranges, run, steps_of
 
-SAMPLES = "samples.jsonl"
-
 
 @settings_class
-class Settings(Birth):
+class Settings(Watched):
     """Causal language modelling."""
 
     label_smoothing: float = 0.0  # share of each target that is spread over all tokens, in training only
     augment: Augmentation = Augmentation()  # text changed anew in every epoch (data/augment.py)
     curriculum: tuple[int, ...] = ()  # shorter rows before those of max_length, each for an equal share of the steps
-    sample_prompts: tuple[str, ...] = ()  # continued at every evaluation and at the end, for people to read
-    sample_tokens: int = 40  # length of these continuations
     held_out_tokens: int = 65536  # of the documents set aside, measure on pieces of about so many tokens in all
     baseline_order: int = 5  # tokens of the longest n-gram of the Kneser-Ney baseline; 0: none
 
@@ -70,11 +64,14 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
     if not 0 <= settings.label_smoothing < 1:
         raise SettingsError(f"label_smoothing = {settings.label_smoothing} was given; it must lie in [0, 1).")
     parts = mixture_of(settings.data)
+    settings, by_size = chosen(settings, source)
 
     def work(job: Job) -> None:
         lm = begin(source, settings, kinds=("decoder", "recurrent"))
-        for prompt in settings.sample_prompts:  # what does not fit is refused before hours of training, not after them
-            check(lm.model, [encode_prompt(lm, prompt)], settings.sample_tokens)
+        rates = maximal_update(lm, settings, newborn=not (source / "config.json").exists())
+        check_looks(lm, settings)
+        if by_size and ranks.rank() == 0:
+            print(by_size, file=sys.stderr)
         folders = [_encoded(job, lm, name, number, settings) for number, name in enumerate(parts)]
         weights = list(parts.values())
         texts = [text for folder in folders for text in held_out_texts(folder)]
@@ -91,7 +88,8 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
             what=f"{sum(one.tokens for one in rows):,} tokens in rows of {settings.max_length}",
             held_out=held_batches,
             notes=[f"{one.left_out} tokens fill no whole row and are left out" for one in rows if one.left_out],
-            also=partial(_keep_samples, lm, settings, job.out) if settings.sample_prompts else None,
+            also=looks(lm, settings),
+            rates=rates,
         )
         if texts:
             final = mean_loss(lm.model, clm, held_batches)["loss"]
@@ -100,8 +98,10 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
             job.measured |= held_out_figures(final, train, held, bytes_, lm.config.vocab_size, settings.baseline_order)
             print(shown(job.measured))
         job.measured["tokens_per_epoch"] = sum(one.tokens for one in rows)
+        if settings.card is not None:
+            job.after = card(lm, settings.card)
         if settings.sample_prompts:
-            job.after["samples"] = samples(lm, settings)
+            job.after["samples"] = [*samples(lm, settings), *job.after.get("samples", [])]
         lm.model.compute_dtype = None
         write_model(lm, job.out)
 
@@ -163,7 +163,7 @@ def _unchanged(folders: Sequence[Path], weights: Sequence[float], given: Setting
 
     def of_length(length: int) -> Mixture[list[Example], Batch]:
         sources = [(TokenRows(folder, length), weight) for folder, weight in zip(folders, weights, strict=True)]
-        rows = max(1, given.batch_size * given.max_length // length)
+        rows = max(1, cast(int, given.batch_size) * given.max_length // length)
         return Mixture(sources, rows, given.seed, partial(_collate, pad_id=pad_id))
 
     whole = of_length(given.max_length)
@@ -174,7 +174,7 @@ def _unchanged(folders: Sequence[Path], weights: Sequence[float], given: Setting
             f"curriculum = {given.curriculum}; lengths from 2 to below max_length = {given.max_length} are needed."
         )
     steps = steps_of(given, whole.batches_per_epoch)
-    share = max(1, steps * given.micro_steps // (len(given.curriculum) + 1))
+    share = max(1, steps * cast(int, given.micro_steps) // (len(given.curriculum) + 1))
     return Phases([*((share, of_length(length)) for length in given.curriculum), (share, whole)])
 
 
@@ -237,20 +237,3 @@ def unigram_nats(train: Sequence[Example], held: Sequence[Example], vocab_size: 
 
 def _targets(example: Example) -> list[int]:
     return [token for token, is_target in zip(example.tokens, example.loss_mask, strict=True) if is_target]
-
-
-def samples(lm: LanguageModel, given: Settings) -> list[dict[str, str]]:
-    """Continuations for people to read, sampled at temperature 0.8."""
-    with torch.no_grad():
-        texts = [
-            generate(lm, prompt, new_tokens=given.sample_tokens, temperature=0.8, seed=given.seed)
-            for prompt in given.sample_prompts
-        ]
-    return [{"prompt": prompt, "answer": text} for prompt, text in zip(given.sample_prompts, texts, strict=True)]
-
-
-def _keep_samples(lm: LanguageModel, given: Settings, out: Path, _: nn.Module) -> Mapping[str, float]:
-    """Append the model's continuations as it is now to samples.jsonl."""
-    with (out / SAMPLES).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(samples(lm, given), ensure_ascii=False) + "\n")
-    return {}

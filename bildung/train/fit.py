@@ -41,6 +41,7 @@ from bildung.train.watch import Watch
 
 __all__ = ["METRICS", "History", "LossSum", "Objective", "fit", "mean_loss"]
 
+Also = tuple[int, Callable[[Any], Mapping[str, Any]]]  # every so many steps, of the model: more for the log
 END = ".end"  # in the place of work: the run ends with the checkpoint that is there (see app/export.py)
 
 
@@ -59,6 +60,7 @@ def fit(
     seed: int = 0,
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
+    also: Sequence[Also] = (),
     patience: int | None = None,
     out: Path | None = None,
     checkpoint_every: int = 0,
@@ -80,6 +82,7 @@ def fit(
     spike        skip a step whose gradient norm is above so many times the median of the last 50
     scale_loss   for float16 (see loss_scale.py)
     evaluate     called before the first and after every `evaluate_every` steps; its "loss" decides early stopping
+    also         (every so many steps, what then adds to the log: samples, cards); after the last step too
     patience     stop after that many evaluations without a lower loss, and put the best weights back
     out          metrics.jsonl is written here, and checkpoints every `checkpoint_every` steps, where the held-out loss
                  is the lowest so far, and after the last. A checkpoint found here is gone on from. Ctrl-C finishes the
@@ -161,7 +164,11 @@ def fit(
                 row["flops_utilisation"] = row["tokens_per_second"] / full_speed
             if evaluate_every and history.steps % evaluate_every == 0:
                 row |= look(history.steps)
+            for every, look_at in also:
+                if history.steps % every == 0 or history.steps == steps:
+                    row |= look_at(model)
             history.seconds = row["seconds"] = earlier + time.monotonic() - start
+            row["seconds_left"] = (time.monotonic() - start) / (history.steps - resumed_at) * (steps - history.steps)
             log.add(row)
             if first:
                 _say(title, row, history)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
+from bildung.core import ranks
 from bildung.core.errors import DataError, SettingsError, TrainingError
 from bildung.core.operation import Job
 from bildung.core.settings import as_dict, settings
@@ -18,12 +19,14 @@ from bildung.data.bucketing import Bucketed
 from bildung.model.base import CausalLM
 from bildung.model.linear import Dense
 from bildung.model.store import LanguageModel
-from bildung.train.fit import History, Objective, fit, mean_loss
+from bildung.train import mup
+from bildung.train.fit import Also, History, Objective, fit, mean_loss
 from bildung.train.optim import OptimizerName, ScheduleName, Weights, bfloat16_weights, optimizer_from, schedule
 from bildung.train.overfitting import overfitting
 from bildung.train.paged import PagedAdamW
 from bildung.train.parallel import Kind, Parallel, held_bytes
 from bildung.train.regularise import add_gradient_noise, add_l1, neftune
+from bildung.train.utilisation import full_speed
 from bildung.train.watch import watches
 
 COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -72,12 +75,16 @@ def check_ranges(given: Training) -> None:
     A clip of 0 would learn nothing, a negative one climb the loss, and neither would say so.
     """
     for names, fits, allowed in (
-        ("steps batch_size micro_steps patience keep_last", lambda number: number >= 1, "at least 1"),
+        (
+            "steps batch_size micro_steps patience keep_last mup_width mup_head_dim",
+            lambda number: number >= 1,
+            "at least 1",
+        ),
         ("epochs learning_rate clip", lambda number: 0 < number < math.inf, "above 0 and finite"),
         ("page_budget rank_timeout", lambda number: 0 < number < math.inf, "above 0 and finite"),
         ("spike", lambda number: 1 < number < math.inf, "above 1 and finite"),
         ("weight_decay l1 gradient_noise neftune", lambda number: 0 <= number < math.inf, "at least 0 and finite"),
-        ("held_out evaluate_every checkpoint_every", lambda number: number >= 0, "at least 0"),
+        ("held_out evaluate_every checkpoint_every sample_every card_every", lambda number: number >= 0, "at least 0"),
         ("warmup decay", lambda number: 0 <= number <= 1, "between 0 and 1, a share of the steps"),
         ("label_smoothing", lambda number: 0 <= number < 1, "at least 0 and below 1"),
         ("seed", lambda number: -(2**63) <= number < 2**63, "a number of at most 64 bits"),
@@ -154,7 +161,7 @@ def fit_options(job: Job, given: Training, steps: int) -> dict[str, Any]:
         "keep_last": given.keep_last,
         # Pages of optimizer state are on the disk because memory is short: no copy of them is made.
         "async_checkpoints": given.async_checkpoints and given.optimizer != "paged_adamw",
-        "watch": watches(given, job.out, job.operation, as_dict(given)),
+        "watch": watches(given, job.out, job.operation, as_dict(given), steps),
         "rank_timeout": given.rank_timeout,
         "title": job.operation,
     }
@@ -170,14 +177,16 @@ def run(
     what: str,
     held_out: Sequence[Any] = (),
     notes: Sequence[str] = (),
-    also: Callable[[Any], Mapping[str, float]] | None = None,
+    also: Sequence[Also] = (),
     carried: dict[str, torch.Tensor] | None = None,
+    rates: Mapping[str, mup.Factors] | None = None,
 ) -> History:
     """Train what requires gradients in `model` and fill in the job's numbers. Goes on from a checkpoint in job.out.
 
     what: the data in words, e.g. "300 conversations, 20,000 tokens", said before training starts.
     carried: what the objective hands from step to step; see fit.
-    also: called with the model at every evaluation of the held-out loss, for more numbers or samples.
+    rates: factors on the learning rates of single parameters (mup.factors).
+    also: what is looked at every so many steps, such as samples or cards; not where the model is spread over ranks.
     """
     one_pass = batch_at.batches_per_epoch / given.micro_steps
     steps = steps_of(given, batch_at.batches_per_epoch)
@@ -190,8 +199,14 @@ def run(
     )
     if given.weights != "fp32":
         bfloat16_weights(model)
+    speed = full_speed(model, getattr(given, "max_length", None), ranks.world_size())
     parallel = Parallel(given.parallel, model, objective, offload=given.offload)
-    optimizer = parallel.optimizer(lambda: optimizer_from(model, given, job.out))
+
+    def make_optimizer() -> torch.optim.Optimizer:
+        made = optimizer_from(model, given, job.out)
+        return made if rates is None else mup.at_rates(made, model, rates)
+
+    optimizer = parallel.optimizer(make_optimizer)
     if given.l1:
         add_l1(optimizer, given.l1)
     if given.gradient_noise:
@@ -200,10 +215,7 @@ def run(
         print(f"  optimizer state is on {optimizer.where}", file=sys.stderr)
 
     def evaluate(_: Any) -> dict[str, float]:
-        found = mean_loss(model, lambda _, batch: parallel.loss(batch), held_out)
-        if also is not None and not parallel.is_sharded:  # a sharded model is called by all ranks or none
-            found |= also(model)
-        return found
+        return mean_loss(model, lambda _, batch: parallel.loss(batch), held_out)
 
     with neftune(model, given.neftune) if given.neftune else contextlib.nullcontext():
         history = fit(
@@ -212,6 +224,8 @@ def run(
             objective,
             optimizer,
             evaluate=evaluate if held_out else None,
+            also=() if parallel.is_sharded else also,  # a sharded model is called by all ranks or none
+            full_speed=speed,
             parallel=parallel,
             carried=carried,
             **fit_options(job, given, steps),

@@ -1,4 +1,4 @@
-"""Who else gets the lines of the log: TensorBoard, Weights & Biases, MLflow, and a picture of the curves.
+"""Who else gets the lines of the log: TensorBoard, Weights & Biases, MLflow, a page and a picture of the curves.
 
     bildung tune lora ... --tensorboard runs/1 --wandb my-project --mlflow my-experiment
 
@@ -17,6 +17,7 @@ from typing import Any
 from bildung.core.errors import SettingsError
 from bildung.train.curves import draw
 from bildung.train.history import History, Watcher
+from bildung.train.live_page import NAME, LivePage
 
 Watch = Callable[[History], Watcher]  # given the run so far: called once it is known where it goes on
 
@@ -25,7 +26,7 @@ def watches(
     given: Any, out: Path, operation: str, settings: Mapping[str, Any], steps: int | None = None
 ) -> list[Watch]:
     """What the settings ask for. Raises SettingsError for what is not installed, before any step."""
-    found: list[Watch] = []
+    found: list[Watch] = [lambda history: LivePage(out / NAME, history, operation, steps)]
     if given.evaluate_every:
         found.append(lambda history: Curves(out / "curves.png", history, operation))
     if given.tensorboard is not None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bildung.app import chart, family_tree
+from bildung.app import family_tree
+from bildung.core import chart
 from bildung.app.chapters import changed_settings, find_directories, main_line, read_life, read_log
 from bildung.app.report import Settings, licence, report
 from bildung.app.report_parts import facts, loss_curves, text_of, value_and_error

@@ -15,9 +15,11 @@ from bildung.core.settings import resolve
 from bildung.data.batches import Example
 from bildung.pretrain import tokenize as tokenize_module
 from bildung.pretrain.birth import set_aside
-from bildung.pretrain.causal import SAMPLES, Settings, causal, unigram_nats
+from bildung.pretrain.causal import Settings, causal, unigram_nats
 from bildung.pretrain.tokenize import tokenize
 from bildung.tokens.tokenizer import Tokenizer
+from bildung.train.history import METRICS
+from bildung.train.live_page import NAME
 
 MODEL = {
     "model_type": "llama",
@@ -154,7 +156,9 @@ def test_mixtures_curricula_and_token_files(tokenizer_directory: Path, text: str
     given = settings(f"3*{encoded} + {other}", curriculum=(16,), evaluate_every=20, sample_prompts=("the cat",))
     made = causal(encoded, tmp_path / "model", given)
     assert made.measured["held_out_bits_per_byte"] < made.measured["unigram_bits_per_byte"]
-    assert len((tmp_path / "model" / SAMPLES).read_text().splitlines()) == 4  # before step 1 and after 20, 40, 60
+    log = [json.loads(line) for line in (tmp_path / "model" / METRICS).read_text().splitlines()]
+    assert [row["step"] for row in log if "samples" in row] == [20, 40, 60]
+    assert log[-1]["samples"][0]["prompt"] == "the cat" and "http-equiv" in (tmp_path / "model" / NAME).read_text()
     assert not list((tmp_path / "model").glob(".tokens*"))
     plain = causal(encoded, tmp_path / "plain", settings(str(encoded)))
     again = causal(tokenizer_directory, tmp_path / "again", settings(text))

@@ -20,7 +20,7 @@ from bildung.train.fit import LossSum, fit, mean_loss
 from bildung.train.objectives import clm
 from bildung.train.optim import adamw, constant, cosine
 
-TIMING = {"seconds", "tokens_per_second"}
+TIMING = {"seconds", "seconds_left", "tokens_per_second"}
 
 
 def untimed(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import gguf
@@ -16,7 +17,7 @@ from bildung.core.errors import ConfigError
 from bildung.data import nursery
 from bildung.model.config import from_dict
 from bildung.model.gguf_file import hf_config, hf_state_dict, read_gguf
-from bildung.model.store import assemble
+from bildung.model.store import assemble, state_tensors
 from bildung.tokens.gguf_tokenizer import USER_DEFINED, tokenizer_from_gguf
 from tests.tokens.samples import sentencepiece_metadata
 
@@ -174,9 +175,12 @@ def test_the_real_gemma_equals_transformers() -> None:
     ).eval()
     peer_tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     text = (Path(__file__).parents[2] / "docs/tour.md").read_text(encoding="utf-8")
+    text = re.sub(" {30,}", "  ", text)  # which transformers cuts otherwise than the model's own tokenizer.json
     tokens = lm.tokenizer.encode(text)
     assert tokens == peer_tokenizer.encode(text) and tokens[0] == lm.tokenizer.bos_id == 2
     tokens_BL = torch.tensor([tokens[:640]])  # longer than the window of 512
+    theirs = peer.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in state_tensors(lm.model).items())
     with torch.no_grad():
-        torch.testing.assert_close(lm.model(tokens_BL), peer(tokens_BL).logits, atol=2e-3, rtol=1e-3)
-    assert bildung.generate(lm, "The capital of France is", new_tokens=3).startswith(" Paris")
+        torch.testing.assert_close(lm.model(tokens_BL), peer(tokens_BL).logits, atol=1e-3, rtol=1e-3)
+    assert bildung.generate(lm, "Water freezes at", new_tokens=6) == " 32 degrees Fahrenheit"

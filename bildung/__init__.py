@@ -25,6 +25,9 @@ _HOMES = {
     "attach": "bildung.model.taps",
     "detach": "bildung.model.taps",
     "deltas_off": "bildung.model.linear",
+    "add_adapter": "bildung.model.named_adapters",
+    "use_adapters": "bildung.model.named_adapters",
+    "adapters_by_row": "bildung.model.named_adapters",
     "generate": "bildung.run.generate",
     "embed": "bildung.run.embed",
 }

@@ -107,7 +107,7 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageMo
     if (path / adapter_file.CONFIG).exists():
         settings = adapter_file.read_config(path)
         base = adapter_file.find_base(path, settings)
-        _warn_of_another_base(path, record, base)
+        warn_of_another_base(path, record, base)
         lm = load(base, dtype)
         adapter_file.add_to(lm.model, path, settings)
         return replace(lm, config=lm.model.config, record=record, path=path)
@@ -125,13 +125,13 @@ def no_tokenizer(config: BaseConfig) -> Tokenizer:
     return cast(Tokenizer, NoTokenizer(config.model_type))
 
 
-def _warn_of_another_base(path: Path, record: Record | None, base: Path) -> None:
-    """A base that changed under its adapter still fits by its shapes; only its hash tells."""
+def warn_of_another_base(path: Path, record: Record | None, base: Path) -> None:
+    """A base that changed under its adapter still fits by its shapes; only its hash tells. Warns, naming both."""
     trained_on = record and (record.companions.get("base") or record.source)
-    if trained_on and trained_on["hash"] != hash_directory(base):
+    if trained_on and trained_on["hash"] != (found := hash_directory(base)):
         warnings.warn(
-            f"{base} is not what the adapter {path} was trained on: its files have changed since. If its weights have, "
-            f"make the adapter again.",
+            f"{base} is not what the adapter {path} was trained on: its files have changed since (hash {found[:12]}, "
+            f"then {trained_on['hash'][:12]}). If its weights have, make the adapter again.",
             stacklevel=3,
         )
 

@@ -2,6 +2,8 @@
 
     bildung chat lives/smollm2/nf4
     /reset forget the conversation   /system TEXT begin anew with this system message   /quit
+    bildung chat lives/smollm2/base --adapters law=lives/law verse=lives/verse
+    /use law   go on with this adapter (several: stacked; none: the model itself)
 
 Each turn, the whole conversation is rendered by the model's own template. The KV cache of the turn before is kept as
 far as the new token ids begin with the ids it holds, which is checked on the ids, not assumed. When the conversation
@@ -23,6 +25,7 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.model.kv_cache import KVCache
+from bildung.model.named_adapters import add_named, use_adapters
 from bildung.model.packed import packed
 from bildung.run.decode import Sampling
 from bildung.run.generate import stream
@@ -51,6 +54,7 @@ class Command(Sampling):
     directory: tyro.conf.Positional[Path]  # a model or adapter directory, or a .gguf file
     system: str | None = None  # the system message; default: the template's own
     new_tokens: int = 256  # length of an answer at most
+    adapters: tuple[str, ...] = ()  # NAME=DIRECTORY of adapters on the model, for /use NAME; at first none is used
 
 
 class Conversation:
@@ -78,6 +82,11 @@ class Conversation:
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self.cache: KVCache | None = None
         self.cached: list[int] = []
+
+    def use(self, *names: str) -> None:
+        """Go on with these adapters; what others have read is read again. Raises AdapterError for an unknown name."""
+        use_adapters(self.lm.model, *names)
+        self.cache, self.cached = None, []
 
     def ask(self, text: str) -> Iterator[str]:
         """The answer to a user's turn, in pieces. A turn cut short by Ctrl-C keeps what was said."""
@@ -166,6 +175,10 @@ def command(settings: Command) -> None:
     conversation = Conversation(load(settings.directory), settings.new_tokens, settings, settings.system)
     conversation.say = lambda text: print(text, file=sys.stderr)
     print("/reset begins anew, /system TEXT with a system message, /quit or Ctrl-D ends; Ctrl-C stops an answer.")
+    if settings.adapters:
+        names = add_named(conversation.lm, settings.adapters)
+        print(f"/use NAME goes on with an adapter ({', '.join(names)}), /use with the model itself.")
+        conversation.use()
     with packed(conversation.lm.model):  # once, not in each turn
         _converse(conversation)
 
@@ -183,10 +196,20 @@ def _converse(conversation: Conversation) -> None:
         if word in ("/reset", "/system"):
             conversation.begin(rest.strip() or None)
             print("(a new conversation)")
+        elif word == "/use":
+            _use(conversation, rest.split())
         elif word.startswith("/"):
-            print(f"{word} is not known; there are /reset, /system TEXT, /quit.")
+            print(f"{word} is not known; there are /reset, /system TEXT, /use NAME, /quit.")
         elif line:
             _answer(conversation, line)
+
+
+def _use(conversation: Conversation, names: list[str]) -> None:
+    try:
+        conversation.use(*names)
+        print(f"(with {' and '.join(names) or 'the model itself'})")
+    except BildungError as error:
+        print(f"({error})")
 
 
 def _answer(conversation: Conversation, line: str) -> None:

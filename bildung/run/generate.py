@@ -3,6 +3,7 @@
     bildung generate DIR "The capital of France is" --new-tokens 16
     bildung generate DIR "Write a haiku" --chat --temperature 0.8 --seed 1
     bildung generate DIR "Once upon a time" --beams 4 --n-best 4
+    bildung generate DIR "Write a haiku" --adapters law=lives/law verse=lives/verse       all answers, in one batch
     bildung generate lives/g2p/model "c a t"                  an encoder-decoder reads the text and writes its answer
 
 A prompt becomes token ids once; from there on only ids are appended. What is given back is the answer alone, without
@@ -46,6 +47,7 @@ class Command(Sampling, Beam):
     new_tokens: int = 64  # length of the answer at most
     chat: bool = False  # the prompt is a user's turn, put through the model's chat template
     stop: tuple[str, ...] = ()  # end the answer before any of these texts
+    adapters: tuple[str, ...] = ()  # NAME=DIRECTORY of adapters on the model: each answers beside the model itself
 
 
 def command(settings: Command) -> None:
@@ -54,6 +56,8 @@ def command(settings: Command) -> None:
 
     lm = load(settings.directory)
     ids = encode_prompt(lm, settings.prompt, settings.chat)
+    if settings.adapters:
+        return _side_by_side(lm, ids, settings)
     if (beam := _beam(vars(settings))) != Beam():
         stop = _stops(settings.stop)
         found = write(lm.model, lm.tokenizer, [ids], settings.new_tokens, sampling=settings, beam=beam, stop=stop)
@@ -63,6 +67,27 @@ def command(settings: Command) -> None:
     for piece in stream(lm, ids, settings.new_tokens, sampling=settings, stop=settings.stop):
         print(piece, end="", flush=True)
     print()
+
+
+def _side_by_side(lm: LanguageModel, ids: list[int], settings: Command) -> None:
+    """The answers of the model and of each adapter on it, one a line."""
+    from bildung.model.named_adapters import adapters_by_row, add_named
+
+    if (beam := _beam(vars(settings))) != Beam():
+        raise SettingsError("adapters answer side by side without beams; search with one at a time.")
+    rows = [None, *add_named(lm, settings.adapters)]
+    with adapters_by_row(lm.model, rows):
+        found = write(
+            lm.model,
+            lm.tokenizer,
+            [ids] * len(rows),
+            settings.new_tokens,
+            sampling=settings,
+            beam=beam,
+            stop=_stops(settings.stop),
+        )
+    for name, (answer, *_) in zip(rows, found, strict=True):
+        print(f"{name or 'the model itself'}\t{json.dumps(answer.text, ensure_ascii=False)}")
 
 
 def generate(

@@ -183,4 +183,4 @@ def test_the_real_gemma_equals_transformers() -> None:
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in state_tensors(lm.model).items())
     with torch.no_grad():
         torch.testing.assert_close(lm.model(tokens_BL), peer(tokens_BL).logits, atol=1e-3, rtol=1e-3)
-    assert bildung.generate(lm, "Water freezes at", new_tokens=6) == " 32 degrees Fahrenheit"
+    assert bildung.generate(lm, "Water freezes at", new_tokens=6).startswith(" 32 degrees Fahrenheit")

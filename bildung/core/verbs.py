@@ -32,12 +32,14 @@ WORDS = {
     "run.embed": "embed",
     "data.nursery": "nursery",
     "app.live": "live",
+    "app.export": "export",
     "app.log": "log",
     "app.compare": "compare",
     "app.report": "report",
     "app.sites": "sites",
     "app.plan": "plan",
     "app.show": "show",
+    "instruct.self_instruct": "self-instruct",
 }
 
 

@@ -22,7 +22,7 @@ ORDER = [
     {"look"},
     {"pretrain"},
     {"tune"},
-    {"continual", "align", "edit"},
+    {"continual", "align", "edit", "instruct"},
     {"app"},
 ]
 RANK = {folder: rank for rank, folders in enumerate(ORDER) for folder in folders}

@@ -1,0 +1,1 @@
+"""Making instructions and answers with a model."""

@@ -1,0 +1,65 @@
+"""ROUGE-L, the pool's index, and every filter of Self-Instruct."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from bildung.instruct.filters import Instance, keep_instances, why_not_instruction
+from bildung.instruct.rouge import Pool, longest_common_subsequence, rouge_l, words
+
+
+def test_rouge_l_of_lins_examples() -> None:
+    """Lin 2004, section 3.1: of "police killed the gunman", 3 words in order, and 2."""
+    reference = words("police killed the gunman")
+    assert rouge_l(words("police kill the gunman"), reference) == 0.75
+    assert rouge_l(words("the gunman kill police"), reference) == 0.5
+    assert longest_common_subsequence("abcbdab", "bdcaba") == 4
+    assert rouge_l([], reference) == 0
+
+
+def test_the_index_finds_what_comparing_with_all_finds() -> None:
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices("a b c d e f g h".split(), k=generator.randint(1, 9))) for _ in range(300)]
+    pool = Pool(texts[:200])
+    found = 0
+    for text in texts[200:]:
+        best = max(rouge_l(words(text), words(other)) for other in texts[:200])
+        got = pool.most_similar(text, 0.7)
+        assert (got is not None) == (best > 0.7)
+        if got is not None:
+            found += 1
+            assert got[0] == pytest.approx(best) == pytest.approx(rouge_l(words(text), pool.texts[got[1]]))
+    assert 10 < found < 95 and pool.compared < 200 * 100 / 2
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "empty"),
+        ("Name a colour.", "fewer than 4 words"),
+        ("word " * 151, "more than 150 words"),
+        ("Describe the picture that I sent.", "asks for what text cannot do"),
+        ("Please go to the next shop.", "asks for what text cannot do"),
+        ("Write a program that sorts numbers.", "begins with 'Write a program'"),
+        ("- List four animals that swim.", "begins with punctuation"),
+        ("Écrivez un poème sur la mer.", "begins with no ASCII letter"),
+        ("Name the capital of a large country.", "ROUGE-L above 0.7 with one that is there"),
+        ("Explain the word photograph to a child.", None),
+        ("Give the opposite of each word.", None),
+    ],
+)
+def test_instructions(text: str, reason: str | None) -> None:
+    pool = Pool(["Name the capital of a country.", "Translate the text into French."])
+    assert why_not_instruction(text, pool) == reason
+
+
+def test_instances() -> None:
+    a, b = Instance("2 + 2", "4"), Instance("3 + 3", "6")
+    assert keep_instances([a, b, a], cut_off=False) == ([a, b], {"twice": 1})
+    assert keep_instances([a, b], cut_off=True) == ([a], {"cut off": 1})
+    assert keep_instances([a, b, Instance("2 + 2 ", "5")], cut_off=False) == ([], {"one input, several outputs": 3})
+    bad = [Instance("x", ""), Instance("y", "y"), Instance("z", "As follows:")]
+    reasons = {"empty output": 1, "output is the input": 1, "ends with a colon": 1}
+    assert keep_instances([a, *bad], cut_off=False) == ([a], reasons)

@@ -24,6 +24,7 @@ import copy
 import math
 import random
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +44,7 @@ from bildung.model.store import LanguageModel, load, write_model
 from bildung.model.transformer import Decoder
 from bildung.train.fit import LossSum, Objective, fit, mean_loss
 from bildung.train.history import History
-from bildung.train.optim import adamw
+from bildung.train.optim import optimizer_from
 from bildung.train.training import COMPUTE, check_continues_text, fit_options
 from bildung.tune import lora
 from bildung.tune.full import check_trainable
@@ -133,6 +134,7 @@ def dpo(source: Path, out: Path, settings: Settings, *, force: bool = False) -> 
     The source should be instruction-tuned: it is the reference as well. Raises SettingsError, DataError, TrainingError.
     """
     lora.check(settings)
+    lora.check_ratio(settings.learning_rate_ratio)
     if not settings.beta > 0 or not 0 <= settings.label_smoothing < 0.5:
         raise SettingsError(
             f"beta = {settings.beta} and label_smoothing = {settings.label_smoothing} were given; "
@@ -149,8 +151,8 @@ def dpo(source: Path, out: Path, settings: Settings, *, force: bool = False) -> 
             # Remembered numbers are all that is needed of the reference, and they are taken before the first step.
             reference = frozen(lm.model if settings.precompute else copy.deepcopy(lm.model))
         else:
-            adapter_file.check_place(lm.model, lm.base)
             lora.add_lora(lm.model, settings, DELTA)
+            adapter_file.check_place(lm.model, lm.base)
             reference = without_delta(DELTA)
         train(job, lm, settings, reference)
         if settings.full:
@@ -188,7 +190,7 @@ def train(job: Job, lm: LanguageModel, given: Settings, reference: Reference) ->
         lm.model,
         batch_at,
         objective,
-        adamw(lm.model, rate, weight_decay=given.weight_decay),
+        optimizer_from(lm.model, replace(given, learning_rate=rate), job.out),
         evaluate=partial(mean_loss, objective=objective, batches=aside) if aside else None,
         **{**fit_options(job, given, steps), "evaluate_every": given.evaluate_every or steps},
     )

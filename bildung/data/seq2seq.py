@@ -25,6 +25,7 @@ from bildung.data.batches import Batch, pad
 from bildung.data.examples import Example, Examples
 from bildung.data.rows import Row, Rows, Unusable
 from bildung.data.sources import rows
+from bildung.data.text import conversation
 from bildung.tokens.frames import Frame, frame_of
 from bildung.tokens.tokenizer import Tokenizer
 
@@ -82,6 +83,18 @@ class Seq2SeqBatch:
 def pairs(source: str, *, split: str | None = None, limit: int | None = None) -> Rows[SourceTarget]:
     """The rows of a data source with `source` and `target`. Raises DataError when no row has both."""
     return rows(source, split=split).then(pair, limit)
+
+
+def answered(source: str, *, limit: int | None = None) -> Rows[SourceTarget]:
+    """The same, and conversations (see text.py): the last answer, and, line by line, what was said before it."""
+    return rows(source).then(_answered, limit)
+
+
+def _answered(row: Row) -> SourceTarget:
+    if row.get("source") is not None or row.get("target") is not None:
+        return pair(row)
+    messages = conversation(row)
+    return SourceTarget("\n".join(message["content"] for message in messages[:-1]), messages[-1]["content"])
 
 
 def joined(source: str, target: str, key: str, *, limit: int | None = None, column: str = "text") -> Rows[SourceTarget]:

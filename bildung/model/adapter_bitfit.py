@@ -54,7 +54,7 @@ def add_to(model: Any, path: Path, settings: dict[str, Any], name: str) -> None:
             )
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise AdapterError(f"{path}: {key} holds values that are not finite numbers; the file is damaged.")
-        there[key].data = tensor.to(there[key])
+        there[key].data = tensor.to(model.device)  # in its own type: what was learned is less than bfloat16's steps
     model.retrained = tuple(sorted({*model.retrained, *found}))
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from bildung.core.errors import SettingsError, TrainingError
 from bildung.train.adafactor import Adafactor
 from bildung.train.adamw_8bit import AdamW8bit
+from bildung.train.lora_plus import faster_b
 from bildung.train.muon import Muon, matrices_of
 from bildung.train.paged import PagedAdamW
 from bildung.train.rounding import RoundedAdamW
@@ -43,7 +44,12 @@ def adamw(
     The fused kernel goes through weights, gradients and moments once instead of about ten times. Raises TrainingError
     when nothing is trainable, SettingsError for a learning rate that is not positive.
     """
-    groups = parameter_groups(model, learning_rate, weight_decay)
+    return _fused(parameter_groups(model, learning_rate, weight_decay), learning_rate, betas, eps)
+
+
+def _fused(
+    groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 
@@ -56,23 +62,28 @@ def optimizer_from(model: nn.Module, given: Training, folder: Path | None = None
     _check_together(given)
     groups = parameter_groups(model, given.learning_rate, given.weight_decay)
     rate, name = given.learning_rate, given.optimizer
+    if (ratio := getattr(given, "learning_rate_ratio", 1.0)) != 1.0:
+        groups = faster_b(groups, model, rate, ratio)
     if given.weights != "fp32":
         return RoundedAdamW(groups, lr=rate, rounding=given.weights, seed=given.seed)
     if name == "muon":
         hidden = set(matrices_of(model))
         if not hidden:
             raise TrainingError("no trainable matrix is inside a stack of layers: muon has nothing to do. Use adamw.")
-        matrices = [parameter for parameter in groups[0]["params"] if parameter in hidden]
-        groups[0]["params"] = [parameter for parameter in groups[0]["params"] if parameter not in hidden]
-        others = [{**group, "muon": False} for group in groups if group["params"]]
-        return Muon([{"params": matrices, "weight_decay": given.weight_decay}, *others], lr=rate)
+        parts = [
+            {**group, "params": params, "muon": is_hidden}
+            for is_hidden in (True, False)
+            for group in groups
+            if (params := [parameter for parameter in group["params"] if (parameter in hidden) == is_hidden])
+        ]
+        return Muon(parts, lr=rate)
     if name == "adafactor":
         return Adafactor(groups, lr=rate, relative=given.relative_step)
     if name == "adamw_8bit":
         return AdamW8bit(groups, lr=rate)
     if name == "paged_adamw":
         return PagedAdamW(groups, lr=rate, budget=round(given.page_budget * 1e6), folder=folder)
-    return adamw(model, rate, weight_decay=given.weight_decay)
+    return _fused(groups, rate)
 
 
 def _check_together(given: Training) -> None:

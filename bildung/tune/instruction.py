@@ -2,6 +2,9 @@
 
 Only what the assistant said, with its end-of-turn token, is learned; the rest is read. `tune full` and `tune lora`
 differ in which parameters train and how the result is written; everything else is here.
+
+An encoder-decoder reads the source of a {"source", "target"} row and learns the target. Of a conversation the source is
+everything before the last answer, line by line, and the target that answer.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from bildung.core import ranks
 from bildung.core.errors import DataError, SettingsError
@@ -18,6 +22,7 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings
 from bildung.data.batches import Batch, Example, Shuffled, chat_examples, num_targets, pack, pad, pad_packed
+from bildung.data.seq2seq import answered, pad_seq2seq, seq2seq_examples
 from bildung.data.sources import fingerprint
 from bildung.data.text import conversations
 from bildung.evaluate import card
@@ -25,8 +30,12 @@ from bildung.evaluate.card import CardSettings
 from bildung.model import adapter_file
 from bildung.model.store import LanguageModel, load
 from bildung.tokens.tokenizer import Tokenizer
+from bildung.train.loss import Objective
 from bildung.train.objectives import clm
-from bildung.train.training import COMPUTE, Training, check_continues_text, check_ranges, run
+from bildung.train.seq2seq import seq2seq
+from bildung.train.training import COMPUTE, Batches, Training, check_continues_text, check_ranges, run
+
+T = TypeVar("T")
 
 
 @settings
@@ -45,8 +54,9 @@ class Tuning(Training):
 class TrainingData:
     """What training draws from."""
 
-    batch_at: Shuffled[Sequence[Example], Batch]
-    held_out: list[Batch]
+    batch_at: Batches
+    objective: Objective
+    held_out: list[Any]
     notes: list[str]  # what was dropped or cut, and why
     examples: int
     tokens: int  # of one pass, without padding
@@ -86,40 +96,73 @@ def base_of(source: Path) -> dict[str, Path]:
     return {"base": adapter_file.find_base(source, adapter_file.read_config(source))}
 
 
-def train(job: Job, lm: LanguageModel, given: Tuning) -> None:
-    """Train what requires gradients in `lm` and fill in the job's numbers. Goes on from a checkpoint in job.out."""
-    check_continues_text(lm)
+def train(
+    job: Job, lm: LanguageModel, given: Tuning, change: Callable[[TrainingData], TrainingData] | None = None
+) -> TrainingData:
+    """Train what requires gradients in `lm` and fill in the job's numbers. Goes on from a checkpoint in job.out.
+
+    change: what a method does otherwise with batches or objective. Returns the data, to be measured on again.
+    """
     lm.model.compute_dtype = COMPUTE[given.precision]
-    data = prepare(lm.tokenizer, given)
+    if hasattr(lm.model, "given"):
+        data = prepare_pairs(lm, given)
+    else:
+        check_continues_text(lm)
+        data = prepare(lm.tokenizer, given)
+    data = data if change is None else change(data)
     job.measured |= {
         "examples": data.examples,
         "tokens_per_epoch": data.tokens,
         "targets_per_epoch": data.targets,
     }
     what = f"{data.examples} conversations, {data.tokens} tokens, {data.targets} of them trained"
-    run(job, lm.model, given, data.batch_at, clm, what=what, held_out=data.held_out, notes=data.notes)
+    run(job, lm.model, given, data.batch_at, data.objective, what=what, held_out=data.held_out, notes=data.notes)
+    return data
 
 
 def prepare(tokenizer: Tokenizer, given: Tuning) -> TrainingData:
     """Read, encode and pack the conversations. Raises DataError when none is left to train on."""
     examples = chat_examples(tokenizer, conversations(given.data, limit=given.limit), given.max_length)
-    if not 0 <= given.held_out < len(examples):
-        raise DataError(
-            f"held_out = {given.held_out} of {len(examples)} usable conversations; at least one must stay to train on."
-        )
-    chosen = set(random.Random(f"held out {given.seed}").sample(range(len(examples)), given.held_out))
-    kept = [example for index, example in enumerate(examples) if index not in chosen]
-    aside = [examples[index] for index in sorted(chosen)]
+    kept, aside = _split(examples, given)
     rows = pack(kept, given.max_length) if given.pack else [[example] for example in kept]
     collate = partial(_collate, pad_id=tokenizer.pad_id, packed=given.pack)
     return TrainingData(
         batch_at=Shuffled(rows, given.batch_size, given.seed, collate),
+        objective=clm,
         held_out=[pad(aside[start : start + 8], tokenizer.pad_id) for start in range(0, len(aside), 8)],
         notes=examples.notes,
         examples=len(kept),
         tokens=sum(len(example) for example in kept),
         targets=num_targets(kept),
     )
+
+
+def prepare_pairs(lm: LanguageModel, given: Tuning) -> TrainingData:
+    """The same for a model that answers a source. Raises as `prepare`."""
+    texts = answered(given.data, limit=given.limit)
+    examples = seq2seq_examples(lm.tokenizer, texts, lm.config.decoder_start_token_id, given.max_length)
+    kept, aside = _split(examples, given)
+    collate = partial(pad_seq2seq, pad_id=lm.tokenizer.pad_id)
+    return TrainingData(
+        batch_at=Shuffled(kept, given.batch_size, given.seed, collate),
+        objective=seq2seq,
+        held_out=[collate(aside[start : start + 8]) for start in range(0, len(aside), 8)],
+        notes=[*examples.notes, *(["pack is for decoders: here every row holds one pair"] if given.pack else [])],
+        examples=len(kept),
+        tokens=sum(len(one.source) + len(one.target) for one in kept),
+        targets=num_targets(one.target for one in kept),
+    )
+
+
+def _split(examples: Sequence[T], given: Tuning) -> tuple[list[T], list[T]]:
+    """(to train on, held out). Raises DataError when nothing would be left to train on."""
+    if not 0 <= given.held_out < len(examples):
+        raise DataError(
+            f"held_out = {given.held_out} of {len(examples)} usable conversations; at least one must stay to train on."
+        )
+    chosen = set(random.Random(f"held out {given.seed}").sample(range(len(examples)), given.held_out))
+    kept = [example for index, example in enumerate(examples) if index not in chosen]
+    return kept, [examples[index] for index in sorted(chosen)]
 
 
 def _collate(rows: Sequence[Sequence[Example]], pad_id: int | None, packed: bool) -> Batch:

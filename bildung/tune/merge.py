@@ -97,4 +97,5 @@ def fold_deltas(model: Decoder, dtype: torch.dtype) -> int:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
+    model.retrained = ()  # an adapter's own parameters are the model's now
     return folded

@@ -1,0 +1,83 @@
+"""Several tuning methods on the same data, in one table."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import bildung
+from bildung.core.errors import SettingsError
+from bildung.core.record import read_record
+from bildung.tune.compare import Settings, compare, guessed, methods
+from bildung.tune.instruction import Tuning, prepare
+from bildung.tune.lora import Settings as LoraSettings
+from bildung.tune.lora import lora
+
+
+@pytest.fixture
+def asked(data):
+    return dict(data=data, held_out=2, max_length=96, batch_size=2, steps=2, precision="fp32", forget_texts=1)
+
+
+def test_a_table_of_methods(tiny_lm_directory, asked, tmp_path, capsys):
+    names = ("lora:rank=2:learning_rate=0.01,prefix", "adapter:kind=parallel", "full")
+    record = compare(tiny_lm_directory, tmp_path / "out", Settings(**asked, methods=names))
+    rows = json.loads((tmp_path / "out/compare.json").read_text())
+    assert list(rows) == ["source", "lora_rank=2_learning_rate=0.01", "prefix", "adapter_kind=parallel", "full"]
+    assert record.measured["methods"] == rows
+    trained = {name: row.get("trainable_parameters") for name, row in rows.items()}
+    whole = sum(p.numel() for p in bildung.load(tiny_lm_directory).model.parameters())
+    assert trained["full"] == whole and 0 < trained["adapter_kind=parallel"] < whole and trained["source"] is None
+    assert all({"loss", "accuracy", "forgetting", "peak_megabytes", "seconds", "megabytes"} <= set(row)
+               for name, row in rows.items() if name != "source")  # fmt: skip
+    assert rows["full"]["megabytes"] > rows["prefix"]["megabytes"] > 0
+    table = (tmp_path / "out/table.md").read_text()
+    assert table in capsys.readouterr().out and len(table.splitlines()) == 2 + len(rows)
+    assert (tmp_path / "out/compare.png").stat().st_size > 5000
+
+    alone = lora(tiny_lm_directory, tmp_path / "alone", LoraSettings(
+        data=asked["data"], rank=2, learning_rate=0.01, held_out=2, max_length=96, batch_size=2, steps=2,
+        precision="fp32",
+    ))  # fmt: skip
+    inside = read_record(tmp_path / "out/lora_rank=2_learning_rate=0.01")
+    assert inside.fingerprint == alone.fingerprint
+    row = torch.tensor([[5, 60, 7]])
+    lm = bildung.load(tmp_path / "out/lora_rank=2_learning_rate=0.01")
+    assert torch.equal(lm.model(row), bildung.load(tmp_path / "alone").model(row))
+    again = compare(tiny_lm_directory, tmp_path / "out", Settings(**asked, methods=names))
+    assert again.started == record.started
+
+
+def test_what_is_measured_is_the_model(tiny_lm_directory, asked, tmp_path):
+    """A method that learns nothing leaves the source's row; forgetting is the difference on the other text."""
+    still = ("adapter:kind=parallel:learning_rate=1e-12", "lora:rank=2:learning_rate=0.2")
+    compare(tiny_lm_directory, tmp_path / "out", Settings(**asked, methods=still))
+    source, nothing, much = json.loads((tmp_path / "out/compare.json").read_text()).values()
+    assert nothing["loss"] == pytest.approx(source["loss"], abs=1e-6) and nothing["forgetting"] == pytest.approx(
+        0, abs=1e-6
+    )
+    assert nothing["accuracy"] == source["accuracy"] and abs(much["forgetting"]) > 1e-3
+
+
+def test_accuracy_is_the_share_of_first_guesses(tiny_lm, asked):
+    given = Tuning(data=asked["data"], held_out=3, max_length=96)
+    (batch,) = prepare(tiny_lm.tokenizer, given).held_out
+    with torch.no_grad():
+        found = guessed(tiny_lm.model, batch)
+        guesses = tiny_lm.model(batch.tokens_BL)[:, :-1].argmax(-1)
+    right = (guesses == batch.tokens_BL[:, 1:])[batch.loss_mask_BL[:, 1:]]
+    assert int(found.metrics["accuracy"]) == int(right.sum()) and found.count == right.numel()
+
+
+def test_bad_requests(asked):
+    for given, said in (
+        (("lorra",), "did you mean 'lora'"),
+        (("merge",), "no method that tunes"),
+        (("lora:ranc=3",), "rank"),
+        (("lora", "lora"), "twice"),
+        ((), "empty"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            methods(Settings(**asked, methods=given))

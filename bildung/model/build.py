@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from bildung.model.base import Model
+from bildung.model.block import LayerScale
 from bildung.model.config import BaseConfig, ModelConfig
 from bildung.model.encoder import Encoder
 from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.layers import BatchNorm, LayerNorm, RMSNorm
 from bildung.model.rnn import RecurrentLM
 from bildung.model.seq2seq import Seq2Seq
-from bildung.model.transformer import Decoder, LayerScale
+from bildung.model.transformer import Decoder
 from bildung.model.vit import VisionTransformer
 
 NORMS = (RMSNorm, LayerNorm, BatchNorm)

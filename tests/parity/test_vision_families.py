@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import bildung
 from bildung.core.errors import ConfigError
-from bildung.model import layers, transformer, vit
+from bildung.model import layers, vit
+from bildung.model.block import LayerScale
 from bildung.model.config import from_dict
 from bildung.model.linear import match_linears
 from bildung.model.low_rank import LowRank
@@ -182,7 +183,7 @@ MUTANTS: dict[str, tuple[str, str, Any, str, Callable[..., Any]]] = {
     "bilinear": ("dinov2", "larger", vit.PatchStack, "positions", bilinear),
     "antialiased": ("dinov2", "smaller", vit.PatchStack, "positions", antialiased),
     "patches flattened channels last": ("vit", "its own", vit, "patches_of", channels_last),
-    "no layer scale": ("dinov2", "its own", transformer.LayerScale, "forward", lambda self, x: x),
+    "no layer scale": ("dinov2", "its own", LayerScale, "forward", lambda self, x: x),
     "another eps": (
         "vit",
         "its own",

@@ -67,6 +67,16 @@ class Int8(Quantized):
     def dense(self) -> Tensor:
         return self.values.to(self.dtype) * self.scale.to(self.dtype)
 
+    def part(self, dim: int, number: int, count: int) -> Int8:
+        """One of `count` equal parts, cut by rows (dim 0) or columns (dim 1)."""
+        scale_O1 = self.scale.chunk(count)[number].clone() if dim == 0 else self.scale
+        return Int8(self.values.chunk(count, dim)[number].clone(), scale_O1, self.dtype)
+
+    def joined(self, parts: dict[str, list[Tensor]], dim: int) -> Int8:
+        """The whole of which this is a part, from the buffers of all parts."""
+        scale_O1 = torch.cat(parts["scale"]) if dim == 0 else self.scale
+        return Int8(torch.cat(parts["values"], dim), scale_O1, self.dtype)
+
     @property
     def stored_bytes(self) -> int:
         return self.values.nbytes + self.scale.nbytes

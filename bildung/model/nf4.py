@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bildung.core.errors import ModelFileError
+from bildung.core.errors import ModelFileError, SettingsError
 from bildung.model.blockwise import by_blocks, dynamic_map, nearest_code, scaled
 from bildung.model.quantized_store import DTYPE_NAMES, Quantized, check_finite
 
@@ -65,6 +65,7 @@ class Nf4(Quantized):
         super().__init__()
         self.out_features, self.in_features = shape
         self.dtype = dtype
+        self._cut: tuple[int, int, int] | None = None  # of a part: which one, of how many, blocks in a whole row (or 0)
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("absmax", absmax, persistent=False)
         self.register_buffer("nested_absmax", nested_absmax, persistent=False)
@@ -94,9 +95,54 @@ class Nf4(Quantized):
 
     def dense(self) -> Tensor:
         pairs = torch.index_select(code_pairs(self.codes.device), 0, self.codes.flatten().int())
-        blocks = by_blocks(pairs.view(torch.float32), NF4_BLOCK) * self.block_maxima()[:, None]
+        blocks = by_blocks(pairs.view(torch.float32), NF4_BLOCK) * self._own(self.block_maxima())[:, None]
         weights = blocks.flatten()[: self.out_features * self.in_features]
         return weights.view(self.out_features, self.in_features).to(self.dtype)
+
+    def part(self, dim: int, number: int, count: int) -> Nf4:
+        """One of `count` equal parts, cut by rows (dim 0) or columns (dim 1), with codes of its own. The constants of
+        all blocks, 0.127 bits per weight, stay together, as they are quantized together.
+
+        Raises SettingsError when a block of 64 would be cut.
+        """
+        shape = [self.out_features, self.in_features]
+        shape[dim] //= count
+        run = shape[0] * shape[1] if dim == 0 else shape[1]  # numbers that lie side by side
+        if run % NF4_BLOCK:
+            raise SettingsError(
+                f"an NF4 matrix of {self.out_features} x {self.in_features} cut in {count} would cut blocks of "
+                f"{NF4_BLOCK}: {run} numbers lie side by side. Use int8, or fewer ranks."
+            )
+        part = Nf4(
+            self.codes,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            shape=(shape[0], shape[1]),
+            dtype=self.dtype,
+        )
+        part._cut = number, count, 0 if dim == 0 else self.in_features // NF4_BLOCK
+        part.codes = part._own(self.codes.view(-1, NF4_BLOCK // 2)).reshape(-1, 1).clone()
+        return part
+
+    def _own(self, blocks_G: Tensor) -> Tensor:
+        """Of something that every block of the whole matrix has (dim 0): what this part's blocks have."""
+        if self._cut is None:
+            return blocks_G
+        number, count, in_a_row = self._cut
+        if not in_a_row:
+            return blocks_G.chunk(count)[number]
+        return blocks_G.unflatten(0, (-1, in_a_row)).chunk(count, 1)[number].flatten(0, 1)
+
+    def joined(self, parts: dict[str, list[Tensor]], dim: int) -> Nf4:
+        """The whole of which this is a part, from the buffers of all parts."""
+        count = len(parts["codes"])
+        rows, columns = self.out_features * (count if dim == 0 else 1), self.in_features * (1 if dim == 0 else count)
+        codes = torch.cat(
+            [one.view(self.out_features, -1) if dim else one.flatten() for one in parts["codes"]], dim=dim
+        )
+        rest = self.absmax, self.nested_absmax, self.nested_offset
+        return Nf4(codes.reshape(-1, 1), *rest, shape=(rows, columns), dtype=self.dtype)
 
     @property
     def stored_bytes(self) -> int:

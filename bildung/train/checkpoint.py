@@ -38,7 +38,8 @@ from bildung.core.progress import size
 from bildung.core.record import hash_file
 from bildung.core.staging import to_disk
 from bildung.train import optimizer_state
-from bildung.train.parts import Parts, held, is_mine_to_write, local, write
+from bildung.train.parts import Parts, held, is_mine_to_write, write
+from bildung.train.shards import local
 
 NAME, NUMBERS, DAMAGED = ".checkpoint-", "state.json", ".damaged-"
 BEING_WRITTEN, BEING_REMOVED = ".checkpoint-being-written", ".checkpoint-being-removed"
@@ -108,7 +109,7 @@ class Checkpoints:
         best: the trained parameters with the lowest held-out loss, if the caller keeps them.
         """
         self.wait()
-        numbers: dict[int, dict[str, Any]] = {}
+        numbers: dict[str, dict[str, Any]] = {}
         alone = optimizer_state.is_shared_out(self.optimizer)
         mine = {
             name: tensor
@@ -132,21 +133,22 @@ class Checkpoints:
         else:
             self._write(*work)
 
-    def _tensors(self, best: Mapping[str, Tensor], numbers: dict[int, dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    def _tensors(self, best: Mapping[str, Tensor], numbers: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
         """Name in the file -> tensor; the optimizer's values that are none go into `numbers`."""
         yield from ((f"model.{name}", parameter.detach()) for name, parameter in trained(self.model).items())
         yield from ((f"best.{name}", tensor) for name, tensor in best.items())
         yield from ((f"carried.{name}", tensor) for name, tensor in (self.carried or {}).items())
-        for index, state in optimizer_state.of(self.optimizer).items():
+        for name, state in optimizer_state.of(self.optimizer, trained(self.model)).items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    yield f"optimizer.{index}.{key}", value
+                    yield f"optimizer.{key}.{name}", value
                 else:
-                    numbers.setdefault(index, {})[key] = value
+                    numbers.setdefault(name, {})[key] = value
 
     def _write(self, step: int, tensors: Any, boxes: Any, numbers: Any, counters: dict[str, Any]) -> None:
         """This rank's part; then rank 0 writes what holds the parts together, and makes it the checkpoint."""
-        place, being_written = self.out / f"{NAME}{step:08d}", self.out / BEING_WRITTEN
+        # (A name for each step: other ranks may begin the next one before rank 0 has renamed this one.)
+        place, being_written = self.out / f"{NAME}{step:08d}", self.out / f"{BEING_WRITTEN}-{step:08d}"
         part = being_written / f"part-{ranks.rank()}.safetensors"
         told: dict[str, Any] = {"name": part.name, "numbers": numbers}
         error: Exception | None = None
@@ -164,7 +166,7 @@ class Checkpoints:
             if "error" in one:
                 raise TrainingError(f"rank {rank} could not write its part of the checkpoint: {one['error']}")
         if ranks.rank() == 0:
-            merged = {str(index): state for one in all_told for index, state in one["numbers"].items()}
+            merged = {name: state for one in all_told for name, state in one["numbers"].items()}
             files = {one["name"]: one["sha256"] for one in all_told}
             _write_state(being_written / NUMBERS, {"counters": counters, "optimizer": merged, "files": files})
             to_disk(being_written)
@@ -203,7 +205,7 @@ class Checkpoints:
                 f"this model; it is from another run. Remove it or choose another place."
             )
         put(self.model, {name: parts.read(file, parameters[name]) for name, file in stored.items()})
-        optimizer_state.load(self.optimizer, parts, state["optimizer"], place)
+        optimizer_state.load(self.optimizer, parameters, parts, state["optimizer"], place)
         best = {name: parts.read(file, parameters[name]) for name, file in parts.under("best.").items()}
         device = next(iter(parameters.values())).device
         best = {name: tensor.to(device) for name, tensor in best.items()}
@@ -213,7 +215,8 @@ class Checkpoints:
 
     def _choose(self) -> tuple[str | None, list[str]]:
         """The name of the newest whole checkpoint, and what is wrong with newer ones, which are set aside."""
-        shutil.rmtree(self.out / BEING_WRITTEN, ignore_errors=True)
+        for unfinished in self.out.glob(f"{BEING_WRITTEN}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         notes: list[str] = []
         for place in reversed(all_in(self.out)):
             wrong = damage(place)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from bildung.core.errors import SettingsError
 from bildung.train.optimizer import Optimizer, adam_direction
-from bildung.train.parallel import spread_like, whole
+from bildung.train.shards import spread_like, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 Scale = Literal["rms", "spectral"]

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bildung.core import ranks
-from bildung.train.parallel import is_shard
+from bildung.train.shards import is_shard
 
 OFFSETS = "DCP_SHARDING_INFO"  # the key of torch.distributed.checkpoint's header
 
@@ -66,11 +66,6 @@ def is_mine_to_write(tensor: Tensor) -> bool:
     coordinate = spread.device_mesh.get_coordinate()
     first = all(place.is_shard() or at == 0 for place, at in zip(spread.placements, coordinate, strict=True))
     return first and spread.to_local().numel() > 0
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The numbers that this rank holds."""
-    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], boxes: Mapping[str, Box]) -> None:

@@ -27,10 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bildung.core import ranks
 from bildung.core.errors import SettingsError
 from bildung.model.taps import intervene, sites
-from bildung.train.parallel import is_shard
+from bildung.train.shards import local, number_of_part
 
 NOISE_DECAY = 0.55  # γ of Neelakantan et al. 2015
 
@@ -63,8 +62,8 @@ def add_gradient_noise(optimizer: torch.optim.Optimizer, eta: float, seed: int) 
     """Normal noise of variance eta / (1 + t)^0.55 on every gradient before step t = 0, 1, ... (Neelakantan et al. 2015,
     arXiv 1511.06807, eq. 1; they use eta 0.01, 0.3 and 1). It comes after clipping, so it is not clipped.
 
-    A function of (seed, t): t is what fit writes into the groups as `taken`. Ranks that hold the same gradient add the
-    same noise, ranks that hold parts of it different ones.
+    A function of (seed, t): t is what fit writes into the groups as `taken`. Ranks that hold the same numbers add the
+    same noise, those that hold other parts of a tensor different ones.
     """
 
     @torch.no_grad()
@@ -74,9 +73,8 @@ def add_gradient_noise(optimizer: torch.optim.Optimizer, eta: float, seed: int) 
             for number, parameter in enumerate(group["params"]):
                 if parameter.grad is None:
                     continue
-                grad = parameter.grad.to_local() if is_shard(parameter.grad) else parameter.grad
-                rank = ranks.rank() if is_shard(parameter.grad) else 0
-                generator = _generator(grad.device, seed, group["taken"], group_number, number, rank)
+                grad, part = local(parameter.grad), number_of_part(parameter.grad)
+                generator = _generator(grad.device, seed, group["taken"], group_number, number, part)
                 noise = torch.randn(grad.shape, generator=generator, device=grad.device, dtype=grad.dtype)
                 grad.add_(noise, alpha=deviation)
 

@@ -27,7 +27,7 @@ from bildung.core.errors import TrainingError
 from bildung.train.interrupt import CtrlC
 from bildung.train.loss_scale import loss_scale
 from bildung.train.optim import Schedule
-from bildung.train.parallel import Parallel, whole
+from bildung.train.parallel import Parallel
 from bildung.train.roll_call import at
 from bildung.train.too_large import advice, is_too_large
 
@@ -58,7 +58,6 @@ class Stepper:
     def take(self, step: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make step number `step`, from 0; returns its line of the log, given those before."""
         self.model.train()
-        torch.manual_seed(random.Random(f"{self.seed} {step}").getrandbits(63))
         self.optimizer.zero_grad(set_to_none=True)
         scale = loss_scale(rows) if self.scale_loss else 1.0
         sums = self._gradients(step, scale)
@@ -89,6 +88,7 @@ class Stepper:
         for micro in mine:
             at(f"step {step + 1}, micro-batch {micro} ({self.parallel.exchanges})")
             batch = next(self.batches).to(device)
+            torch.manual_seed(random.Random(f"{self.seed} {step} {micro}").getrandbits(63))  # whichever rank's it is
             try:
                 with self.parallel.micro(last=micro == mine[-1]):
                     loss = self.parallel.loss(batch)
@@ -122,9 +122,9 @@ class Stepper:
 
     def _scale_gradients(self, count: float) -> float:
         """Turn the gradient of the sum into that of the mean, clipped; returns its norm before clipping."""
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = self.parallel.gradients(self.optimizer)
         scale = self.parallel.gradient_scale / count
-        norm = float(whole(torch.nn.utils.get_total_norm(gradients))) * scale
+        norm = self.parallel.norm(gradients) * scale
         factor = min(1.0, self.clip / (norm + 1e-6)) if self.clip and math.isfinite(norm) else 1.0
         for gradient in gradients:
             gradient.mul_(factor * scale)

@@ -24,8 +24,9 @@ from bildung.train.fit import Also, History, Objective, fit, mean_loss
 from bildung.train.optim import OptimizerName, ScheduleName, Weights, bfloat16_weights, optimizer_from, schedule
 from bildung.train.overfitting import overfitting
 from bildung.train.paged import PagedAdamW
-from bildung.train.parallel import Kind, Parallel, held_bytes
+from bildung.train.parallel import Kind, Parallel
 from bildung.train.regularise import add_gradient_noise, add_l1, neftune
+from bildung.train.shards import held_bytes
 from bildung.train.utilisation import full_speed
 from bildung.train.watch import watches
 
@@ -66,7 +67,8 @@ class Training:
     mlflow: str | None = None  # MLflow experiment that gets the log
     rank_timeout: float = 1800.0  # seconds after which a rank that does not answer is given up
     parallel: Kind = "none"  # how the processes that torchrun started share the work (see train/parallel.py)
-    offload: bool = False  # keep shards in host memory between uses (zero2, zero3, hybrid)
+    tensor_ranks: int | None = None  # tensor: how many ranks share each matrix; default: all
+    offload: bool = False  # keep shards in host memory while the GPU does not need them (zero2, zero3, hybrid)
 
 
 def check_ranges(given: Training) -> None:
@@ -200,7 +202,7 @@ def run(
     if given.weights != "fp32":
         bfloat16_weights(model)
     speed = full_speed(model, getattr(given, "max_length", None), ranks.world_size())
-    parallel = Parallel(given.parallel, model, objective, offload=given.offload)
+    parallel = Parallel(given.parallel, model, objective, offload=given.offload, tensor_ranks=given.tensor_ranks)
 
     def make_optimizer() -> torch.optim.Optimizer:
         made = optimizer_from(model, given, job.out)

@@ -11,15 +11,17 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from bildung.core import ranks
+from bildung.core.traffic import sent_bytes
 from bildung.data.batches import Batch, Example, pad
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.linear import match_linears
 from bildung.model.low_rank import LowRank
-from bildung.train.fit import fit
+from bildung.train.fit import LossSum, fit, mean_loss
 from bildung.train.objectives import clm
 from bildung.train.optim import adamw, cosine
-from bildung.train.parallel import Kind, Parallel, held_bytes
+from bildung.train.parallel import Kind, Parallel
+from bildung.train.shards import held_bytes
 
 KEYS = dict(model_type="llama", vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=3)
 KEYS |= dict(num_attention_heads=3, num_key_value_heads=1, head_dim=8, max_position_embeddings=64)
@@ -41,12 +43,16 @@ def train(kind: Kind, out: Path | None = None, steps: int = STEPS, lora: bool = 
     if lora:
         for number, linear in enumerate(match_linears(model, "all").values()):
             generator = torch.Generator().manual_seed(number)
-            linear.deltas["x"] = LowRank(linear.in_features, linear.out_features, 2, 1.0, generator=generator)
+            linear.deltas["x"] = LowRank(linear.in_features, linear.out_features, 2, 1.0, 0.1, generator=generator)
             # With B = 0 the first gradients of A are zeros but for rounding, which Adam would blow up to full steps.
             torch.nn.init.normal_(linear.deltas["x"].lora_B, std=0.3, generator=generator)
     parallel = Parallel(kind, model, clm)
     optimizer = parallel.optimizer(lambda: adamw(model, 1e-2, weight_decay=0.1))
     schedule = cosine(STEPS)
+
+    def evaluate(_: torch.nn.Module) -> dict[str, float]:
+        return mean_loss(model, lambda _, batch: parallel.loss(batch), [micro_batch(99)])
+
     history = fit(
         model,
         micro_batch,
@@ -58,11 +64,60 @@ def train(kind: Kind, out: Path | None = None, steps: int = STEPS, lora: bool = 
         clip=0.5,
         out=out,
         checkpoint_every=2 if out else 0,
+        evaluate=evaluate,
+        evaluate_every=1,
+        patience=STEPS,  # the best weights are kept on the way and put back at the end
         parallel=parallel,
     )
-    measured = {**held_bytes(model, optimizer), "losses": [row["loss"] for row in history.rows]}
+    measured = {**held_bytes(model, optimizer), "losses": [row["loss"] for row in history.rows if "loss" in row]}
     parallel.finish()
     return model, measured
+
+
+WIDE = {**KEYS, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "head_dim": 32}
+
+
+def traffic() -> dict[str, float]:
+    """Bytes that a rank sends in a step, on average over the ranks; and numbers sent per number that is exchanged."""
+    found: dict[str, float] = {}
+    x, half = torch.ones(10**5), torch.ones(10**5 // 2)
+    for name, exchange in (
+        ("all_reduce", lambda: dist.all_reduce(x)),
+        ("all_gather", lambda: dist.all_gather_single(x, half)),
+        ("reduce_scatter", lambda: dist.reduce_scatter_single(half, x)),
+        ("reduce", lambda: dist.reduce(x, dst=0)),
+    ):
+        dist.barrier()
+        before = sent_bytes()
+        for _ in range(4):
+            exchange()
+        dist.barrier()
+        found[name] = mean_of_ranks((sent_bytes() - before) / 4 / (4 * x.numel()))
+    for micro_batches in (1, 3):
+        for kind in ("ddp", "zero1", "zero2", "zero3"):
+            model = build(from_dict(WIDE), seed=3)
+            found["parameters"] = sum(p.numel() for p in model.parameters())
+            found["in_blocks"] = sum(p.numel() for p in model.model.layers.parameters())
+            seen: list[int] = []
+
+            def objective(model: torch.nn.Module, batch: Batch, seen: list[int] = seen) -> LossSum:
+                seen.append(sent_bytes())
+                return clm(model, batch)
+
+            parallel = Parallel(kind, model, objective)
+            optimizer = parallel.optimizer(lambda model=model: adamw(model, 1e-3))
+            micro_steps = micro_batches * ranks.world_size()
+            fit(model, micro_batch, objective, optimizer, steps=4, micro_steps=micro_steps, parallel=parallel)
+            parallel.finish()
+            between = (
+                seen[3 * micro_batches] - seen[micro_batches]
+            ) / 2  # two steps, from their first micro-batches on
+            found[f"{kind} {micro_batches}"] = mean_of_ranks(between)
+    return found
+
+
+def mean_of_ranks(number: float) -> float:
+    return sum(ranks.gathered(number)) / ranks.world_size()
 
 
 def main(out: Path) -> None:
@@ -80,6 +135,9 @@ def main(out: Path) -> None:
         for name in ("one_then_zero1", "one_then_zero3"):
             train("none", out / name, steps=3)
         return
+    found = traffic()
+    if ranks.rank() == 0:
+        (out / "traffic.json").write_text(json.dumps(found))
     for kind in kinds:
         train(kind, out / f"broken_off_{kind}", steps=3)
     for name in ("zero1", "zero3"):

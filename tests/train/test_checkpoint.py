@@ -63,7 +63,7 @@ def test_a_checkpoint_that_could_not_be_finished_is_not_one(make_lora, batch_at,
         patched.setattr(checkpoint, "to_disk", full)
         with pytest.raises(OSError, match="disk full"):
             train(model, batch_at, tmp_path, 4, async_checkpoints=in_background)
-    assert names(tmp_path) == [".checkpoint-00000002", ".checkpoint-being-written"]
+    assert names(tmp_path) == [".checkpoint-00000002", ".checkpoint-being-written-00000004"]
     counters, _, notes = Checkpoints(tmp_path, model, adamw(model, 1e-3)).load()
     assert counters["steps"] == 2 and notes == [] and names(tmp_path) == [".checkpoint-00000002"]
 
@@ -170,7 +170,7 @@ def test_frozen_weights_are_not_in_it(make_lora, batch_at, tmp_path):
     train(model, batch_at, tmp_path, 1)
     size = (tmp_path / ".checkpoint-00000001" / "part-0.safetensors").stat().st_size
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    assert 3 * trained < size < 3 * trained + 20_000
+    assert 3 * trained < size < 3 * trained + 30_000
 
 
 def test_an_optimizer_without_state_goes_on(make_model, batch_at, tmp_path):

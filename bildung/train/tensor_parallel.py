@@ -1,0 +1,290 @@
+"""Tensor parallelism: every matrix is cut, every rank works on the same tokens (Shoeybi et al. 2019, arXiv 1909.08053).
+
+    rank 0    x ─┬─ q k v of heads 0..3 ─ attention ─ its columns of o ─┐
+                 │                                                      ├ sum ─ x + ...
+    rank 1    x ─┴─ q k v of heads 4..7 ─ attention ─ its columns of o ─┘
+
+Matrices that read the stream (q, k, v, gate, up) are cut by output rows, those that write to it (o, down) by input
+columns; between the two nothing is exchanged. So a layer costs two sums of the stream forward and two backward, and
+norms, embeddings and the stream itself are the same on every rank. On the way back the sum stands where the stream
+enters: each rank knows only what its own heads made of x.
+
+    forward      x ──────────── cut ── sum ──▸        one sum per sublayer and direction
+    backward     ◂── sum ─────── cut ─────────
+
+It is done on the weight seam: a cut matrix is a store, and attention sees fewer heads because q_proj is smaller. What a
+rank holds is a DTensor, so that checkpoints, norms and Muon know the whole (docs/decisions/0008-cut-stores.md).
+"""
+
+# B L N any leading dimensions, I input features, O output features, R rank of a delta
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bildung.core.errors import SettingsError, TrainingError
+from bildung.model.attention import Attention
+from bildung.model.int8 import Int8
+from bildung.model.layers import MLP
+from bildung.model.linear import Delta, Dense, Linear, WeightStore
+from bildung.model.low_rank import LowRank
+from bildung.model.nf4 import Nf4
+from bildung.model.transformer import Decoder
+from bildung.train.shards import local, whole
+
+READ_STREAM, WRITE_STREAM = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
+ROWS, COLUMNS = 0, 1
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks that share each matrix. mesh: (copies, tensor); those of one row of it are a team."""
+
+    mesh: Any
+
+    @property
+    def group(self) -> Any:
+        return self.mesh.get_group("tensor")
+
+    @property
+    def size(self) -> int:
+        return int(self.mesh["tensor"].size())
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in its team."""
+        return int(self.mesh.get_local_rank("tensor"))
+
+    def part(self, tensor: Tensor, dim: int) -> Tensor:
+        """What of a whole tensor is this rank's, in memory of its own."""
+        return tensor.detach().chunk(self.size, dim)[self.rank].clone()
+
+    def spread(self, parameter: nn.Parameter, dim: int) -> nn.Parameter:
+        """A parameter of which each rank of the team keeps a part, and other teams the same."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        cut = DTensor.from_local(self.part(parameter, dim), self.mesh, [Replicate(), Shard(dim)])
+        return nn.Parameter(cut, requires_grad=parameter.requires_grad)
+
+    def gathered(self, part: Tensor) -> list[Tensor]:
+        """The parts of all, in their order."""
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous(), group=self.group)
+        return parts
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the team; its gradient is everybody's own."""
+        summed: Tensor = _SumForward.apply(x, self.group)
+        return summed
+
+    def sum_gradient(self, x: Tensor) -> Tensor:
+        """x itself; its gradient is the sum of what the ranks made of x."""
+        same: Tensor = _SumBackward.apply(x, self.group)
+        return same
+
+
+class _SumForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _SumBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class Cut(WeightStore):
+    """A matrix of which this rank has rows or columns. Of columns, it makes a part of every output: they are summed."""
+
+    def __init__(self, base: WeightStore, dim: int, team: Team):
+        super().__init__()
+        self.dim, self.team = dim, team
+        self.out_features, self.in_features = base.out_features, base.in_features
+        if isinstance(base, Dense):  # under the name it had, by which checkpoints know it
+            self.weight = team.spread(base.weight, dim)
+        else:
+            self.part = cast(Int8 | Nf4, base).part(dim, team.rank, team.size)
+
+    def forward(self, x_BLI: Tensor, bias_O: Tensor | None) -> Tensor:
+        bias_O = None if bias_O is None else local(bias_O).to(x_BLI.dtype)
+        own_O = bias_O if self.dim == ROWS else None
+        if hasattr(self, "part"):
+            y_BLO = self.part(x_BLI, own_O)
+        else:
+            y_BLO = F.linear(x_BLI, local(self.weight).to(x_BLI.dtype), own_O)
+        if self.dim == ROWS:
+            return y_BLO
+        y_BLO = self.team.sum(y_BLO)
+        return y_BLO if bias_O is None else y_BLO + bias_O  # once, not once per rank
+
+    def whole(self) -> WeightStore:
+        """The store that was cut, as it is now. Every rank must call this."""
+        if not hasattr(self, "part"):
+            return Dense(_whole_parameter(self.weight))
+        names = [name for name, _ in self.part.named_buffers()]
+        gathered = {name: self.team.gathered(getattr(self.part, name)) for name in names}
+        return self.part.joined(gathered, self.dim)
+
+
+class CutLowRank(Delta):
+    """The low-rank delta of a cut matrix: B is cut with the rows, A with the columns; the other factor all ranks have.
+
+    rows       h = A x             every rank the same, y_own += B_own h      gradient of A: summed
+    columns    h = sum A_own x_own                      y     += B h
+    """
+
+    def __init__(self, delta: LowRank, dim: int, team: Team):
+        super().__init__()
+        self.dim, self.team, self.scaling, self.dropout = dim, team, delta.scaling, delta.dropout
+        self.lora_A = team.spread(delta.lora_A, dim) if dim == COLUMNS else delta.lora_A
+        self.lora_B = team.spread(delta.lora_B, dim) if dim == ROWS else delta.lora_B
+        self.starts = None
+        if delta.start_A is not None and delta.start_B is not None:
+            own_A = team.part(delta.start_A, dim) if dim == COLUMNS else delta.start_A
+            self.starts = own_A, team.part(delta.start_B, dim) if dim == ROWS else delta.start_B
+        self.enabled = delta.enabled
+        self._delta = (delta,)  # in a tuple, lest it be a part of the model
+
+    def forward(self, x_BLI: Tensor, y_BLO: Tensor) -> Tensor:
+        x_NI = F.dropout(x_BLI, self.dropout, self.training).flatten(0, -2)
+        A_RI, B_OR = local(self.lora_A), local(self.lora_B)
+        if self.dim == ROWS:
+            A_RI = self.team.sum_gradient(A_RI)
+        if self.starts is not None:  # see LowRank.factors
+            A_RI, B_OR = torch.cat([A_RI, self.starts[0]]), torch.cat([B_OR, -self.starts[1]], dim=1)
+        h_NR = x_NI @ A_RI.to(x_NI.dtype).t()
+        if self.dim == COLUMNS:
+            h_NR = self.team.sum(h_NR)
+        y_NO = torch.addmm(y_BLO.flatten(0, -2), h_NR, B_OR.to(x_NI.dtype).t(), alpha=self.scaling)
+        return y_NO.view(y_BLO.shape)
+
+    def whole(self) -> LowRank:
+        """The delta that was cut, as it is now. Every rank must call this."""
+        delta = self._delta[0]
+        delta.lora_A, delta.lora_B = _whole_parameter(self.lora_A), _whole_parameter(self.lora_B)
+        delta.enabled = self.enabled
+        return delta
+
+
+def _whole_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(whole(parameter.detach()), requires_grad=parameter.requires_grad)
+
+
+class _Chance:
+    """What is drawn at random (dropout): on the stream all ranks draw the same, between the two cuts each its own."""
+
+    def __init__(self, team: Team, device: torch.device):
+        self.team = team
+        on_gpu = device.type == "cuda"
+        self.generator = torch.cuda.default_generators[device.index or 0] if on_gpu else torch.default_generator
+        self.common: Tensor | None = None
+
+    def leave(self, linear: Linear, *_: Any) -> None:
+        """After the last matrix that reads the stream."""
+        if linear.training:
+            seed = int(torch.randint(2**62, ()))  # on the CPU, where all ranks always draw the same
+            self.common = self.generator.get_state()
+            self.generator.manual_seed(seed + self.team.rank)
+
+    def return_(self, linear: Linear, *_: Any) -> None:
+        """After the matrix that writes to it."""
+        if linear.training and self.common is not None:
+            self.generator.set_state(self.common)
+
+
+def cut(model: nn.Module, team: Team) -> list[Any]:
+    """Keep this rank's part of every matrix in the blocks; returns the hooks that `put_together` is to remove.
+
+    Raises SettingsError for numbers that do not divide among the ranks, TrainingError for what cannot be cut.
+    """
+    _check(model, team.size)
+    chance, hooks = _Chance(team, next(model.parameters()).device), []
+    for name, module in model.named_modules():
+        if not isinstance(module, Attention | MLP):
+            continue
+        linears = {kind: one for kind, one in module.named_children() if isinstance(one, Linear)}
+        for kind, linear in linears.items():
+            _cut_linear(f"{name}.{kind}", linear, ROWS if kind in READ_STREAM else COLUMNS, team)
+        hooks.append(module.register_forward_pre_hook(lambda _, given: (team.sum_gradient(given[0]), *given[1:])))
+        norms = (module.q_norm, module.k_norm) if isinstance(module, Attention) else ()
+        for parameter in (p for norm in norms if norm is not None for p in norm.parameters() if p.requires_grad):
+            # One norm for all heads, of which each rank has some.
+            hooks.append(parameter.register_hook(lambda gradient: team.sum(gradient)))
+        last_read, write = ("v_proj", "o_proj") if isinstance(module, Attention) else ("up_proj", "down_proj")
+        if module.dropout or any(getattr(delta, "dropout", 0) for delta in linears[write].deltas.values()):
+            hooks.append(linears[last_read].register_forward_hook(chance.leave))
+            hooks.append(linears[write].register_forward_hook(chance.return_))
+    return hooks
+
+
+def _cut_linear(name: str, linear: Linear, dim: int, team: Team) -> None:
+    if not isinstance(linear.base, Dense | Int8 | Nf4):
+        raise TrainingError(f"{name} is stored as {type(linear.base).__name__}, which is not cut here; use zero3.")
+    for key, delta in linear.deltas.items():
+        if not isinstance(delta, LowRank):
+            raise TrainingError(f"{name} carries a {type(delta).__name__}; of deltas only low-rank ones are cut.")
+        linear.deltas[key] = CutLowRank(delta, dim, team)
+    linear.base = Cut(linear.base, dim, team)
+    if linear.bias is not None and dim == ROWS:
+        linear.bias = team.spread(linear.bias, ROWS)
+
+
+def put_together(model: nn.Module, hooks: list[Any]) -> None:
+    """Whole matrices again, on every rank."""
+    for hook in hooks:
+        hook.remove()
+    for module in model.modules():
+        if isinstance(module, Linear) and isinstance(module.base, Cut):
+            module.base = module.base.whole()
+            module.bias = None if module.bias is None else _whole_parameter(module.bias)
+            for key, delta in module.deltas.items():
+                module.deltas[key] = cast(CutLowRank, delta).whole()
+
+
+def _check(model: nn.Module, size: int) -> None:
+    if not isinstance(model, Decoder):
+        raise SettingsError(
+            f"parallel = 'tensor' is for decoder-only Transformers; this is a {type(model).__name__}. Use zero3."
+        )
+    config = model.config
+    counts = {
+        "attention heads": config.num_attention_heads,
+        "key-value heads": config.num_key_value_heads,
+        "features between up and down": config.intermediate_size,
+    }
+    if any(count % size for count in counts.values()):
+        fits = [str(n) for n in range(2, min(counts.values()) + 1) if not any(count % n for count in counts.values())]
+        shown = ", ".join(f"{count} {what}" for what, count in counts.items())
+        raise SettingsError(
+            f"{shown} do not all divide among {size} ranks. {'Possible: ' + ', '.join(fits) if fits else 'Use zero3'}."
+        )
+    by_head = {
+        "sinks": config.attention_sinks,
+        "a bias on the scores": model.model.bias is not None,
+        "virtual tokens": getattr(model.model, "virtual", None) is not None,
+        "attached modules": len(model.attached) > 0,
+        "shifted attention": any(getattr(one, "shifted_share", None) for one in model.modules()),
+    }
+    if found := [what for what, there in by_head.items() if there]:
+        raise TrainingError(f"this model has {', '.join(found)}, which goes by heads and is not cut here; use zero3.")

@@ -1,0 +1,107 @@
+"""What each rank of test_tensor_parallel.py runs: the same training with whole and with cut matrices; rank 0 saves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from bildung.core import ranks
+from bildung.model.build import build
+from bildung.model.config import from_dict
+from bildung.model.linear import match_linears, replace_stores
+from bildung.model.low_rank import LowRank, principal
+from bildung.model.quantized import METHODS
+from bildung.train.fit import fit
+from bildung.train.objectives import clm
+from bildung.train.optim import adamw, cosine
+from bildung.train.parallel import Parallel
+from bildung.train.shards import held_bytes, is_shard
+from tests.train.parallel_run import KEYS, micro_batch
+
+LLAMA: dict[str, Any] = {**KEYS, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+WIDE = {**LLAMA, "hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_hidden_layers": 2}
+SIZES = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_hidden_layers": 2}
+GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 61, "n_embd": 24, "n_head": 4, "n_layer": 2}
+GPT2 |= {"n_positions": 64, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "qwen2": {**LLAMA, "model_type": "qwen2"},
+    "qwen3": {**LLAMA, "model_type": "qwen3"},
+    "gemma3_text": {**LLAMA, "model_type": "gemma3_text"},
+    "gpt2": {**GPT2, "attn_pdrop": 0.0},
+    "gpt_neox": {**SIZES, "model_type": "gpt_neox", "rotary_pct": 0.7, "max_position_embeddings": 64},
+    "int8": WIDE,
+    "nf4": WIDE,
+    "dropout": {**GPT2, "attn_pdrop": 0.5},
+}
+WITH_DELTAS = ("llama", "gpt2", "int8", "nf4", "pissa")
+CASES = [*(name for name in MODELS if name not in METHODS), *(f"{name} lora" for name in WITH_DELTAS)]
+STEPS, MICRO_STEPS = 4, 2
+
+
+def model_of(case: str) -> torch.nn.Module:
+    name, _, lora = case.partition(" ")
+    model = build(from_dict(MODELS.get(name, LLAMA)), seed=3)
+    if name in METHODS:
+        replace_stores(model, "all", lambda linear: METHODS[name].quantize(linear.base.dense()))
+    if lora:
+        model.requires_grad_(False)
+        for number, linear in enumerate(match_linears(model, "all").values()):
+            generator = torch.Generator().manual_seed(number)
+            delta = LowRank(linear.in_features, linear.out_features, 2, 1.0, generator=generator)
+            torch.nn.init.normal_(delta.lora_B, std=0.3, generator=generator)
+            if name == "pissa":
+                delta.start_at(*principal(linear.base.dense(), 2))
+            linear.deltas["x"] = delta
+    return model
+
+
+def train(case: str, kind: str, out: Path | None = None, steps: int = STEPS) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """eps is larger than usual: of a gradient that is 0 but for rounding (k's bias) Adam would make a whole step."""
+    model = model_of(case)
+    parallel = Parallel(kind, model, clm)
+    optimizer = parallel.optimizer(lambda: adamw(model, 1e-2, weight_decay=0.1, eps=1e-3))
+    given: dict[str, Any] = dict(steps=steps, micro_steps=MICRO_STEPS, schedule=cosine(STEPS), clip=0.5)
+    given |= dict(out=out, checkpoint_every=2 if out else 0, parallel=parallel)
+    history = fit(model, micro_batch, clm, optimizer, **given)
+    measured: dict[str, Any] = {name: [row[name] for row in history.rows] for name in ("loss", "grad_norm")}
+    measured["held"] = held_bytes(model, optimizer)
+    # What is not cut must be the same on all ranks to the last bit, or they drift apart.
+    common = [p.detach().flatten() for p in model.parameters() if p.requires_grad and not is_shard(p)]
+    measured["in_step"] = len(set(ranks.gathered(torch.cat(common).numpy().tobytes()))) == 1
+    parallel.finish()
+    return model, measured
+
+
+def main(out: Path) -> None:
+    kind = "tensor" if ranks.world_size() > 1 else "none"
+    for case in CASES:
+        model, measured = train(case, kind)
+        if ranks.rank() == 0:
+            save_file(weights(model), out / f"{kind} {case}.safetensors")
+            (out / f"{kind} {case}.json").write_text(json.dumps(measured))
+    if kind == "none":
+        train("llama", "none", out / "one then two", steps=2)
+        return
+    train("gpt2 lora", kind, out / "two then one", steps=2)
+    model, _ = train("llama", kind, out / "one then two")
+    if ranks.rank() == 0:
+        save_file(weights(model), out / "resumed.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and what quantized stores hold."""
+    found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers() if ".base." in name}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

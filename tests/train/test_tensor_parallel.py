@@ -1,0 +1,157 @@
+"""Cut matrices on two processes: equal to whole ones, half as large, resumable on one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bildung.core.errors import SettingsError, TrainingError
+from bildung.model.build import build
+from bildung.model.config import from_dict
+from bildung.model.int8 import Int8
+from bildung.model.linear import Delta
+from bildung.model.nf4 import Nf4
+from bildung.train import tensor_parallel
+from bildung.train.parallel import Parallel
+from tests.train import tensor_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of one process and of two, side by side."""
+    out = tmp_path_factory.mktemp("tensor")
+    tensor_run.main(out)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "tests.train.tensor_run", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def measured(runs: Path, name: str) -> dict:
+    return json.loads((runs / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("case", [case for case in tensor_run.CASES if case != "dropout"])
+def test_the_same_as_one_process(runs: Path, case: str) -> None:
+    """Weights, losses, and the gradient's norm, in which what is cut and what is whole count once. (gpt2 drops out on
+    the stream, where ranks must draw the same.)"""
+    alone, together = (load_file(runs / f"{kind} {case}.safetensors") for kind in ("none", "tensor"))
+    assert set(alone) == set(together)
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name], atol=1e-6, rtol=0)
+    told, heard = measured(runs, f"tensor {case}"), measured(runs, f"none {case}")
+    assert told["loss"] == pytest.approx(heard["loss"], abs=2e-6)
+    assert told["grad_norm"] == pytest.approx(heard["grad_norm"], rel=1e-5) and told["in_step"]
+
+
+def test_each_rank_drops_out_its_own_between_the_cuts_and_the_ranks_stay_in_step(runs: Path) -> None:
+    """Half of attention is left out. Which half cannot be the same as in one process; on the stream it must be."""
+    told, heard = measured(runs, "tensor dropout"), measured(runs, "none dropout")
+    assert told["in_step"] and told["loss"] != heard["loss"]
+    assert told["loss"][0] == pytest.approx(heard["loss"][0], abs=0.05)
+
+
+def test_chance_is_common_before_and_after_and_each_ranks_own_between() -> None:
+    class Team:
+        rank = 0
+
+    def drawn(rank: int) -> list[float]:
+        chance, linear = tensor_parallel._Chance(Team(), torch.device("cpu")), torch.nn.Linear(1, 1)
+        chance.team.rank = rank
+        torch.manual_seed(1)
+        numbers = [float(torch.rand(()))]
+        for _ in range(2):
+            chance.leave(linear)
+            numbers.append(float(torch.rand(())))
+            chance.return_(linear)
+            numbers.append(float(torch.rand(())))
+        return numbers
+
+    one, other = drawn(0), drawn(1)
+    assert [a == b for a, b in zip(one, other, strict=True)] == [True, False, True, False, True]
+    assert len(set(one)) == 5
+
+
+@pytest.mark.parametrize("case", ["llama", "int8 lora", "nf4 lora"])
+def test_a_rank_holds_half_of_the_blocks(runs: Path, case: str) -> None:
+    alone, together = (measured(runs, f"{kind} {case}")["held"] for kind in ("none", "tensor"))
+    model = tensor_run.model_of(case)
+    common = sum(p.nbytes for name, p in model.named_parameters() if "norm" in name or "embed" in name)
+    constants = sum(one.stored_bytes - one.codes.nbytes for one in model.modules() if isinstance(one, Nf4))
+    if case == "llama":
+        assert together["weights"] == common + (alone["weights"] - common) / 2 == together["gradients"]
+        assert together["optimizer"] == pytest.approx(2 * together["weights"], rel=0.01)
+    else:  # of a delta one factor is cut, of int8 all but the scales of columns, of nf4 the codes
+        rest = common + constants
+        assert together["weights"] == pytest.approx(rest + (alone["weights"] - rest) / 2, rel=0.1)
+
+
+def test_one_process_goes_on_where_two_stopped(runs: Path) -> None:
+    model, _ = tensor_run.train("gpt2 lora", "none", runs / "two then one")
+    whole = load_file(runs / "none gpt2 lora.safetensors")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), whole[name], atol=1e-6, rtol=0)
+
+
+def test_two_go_on_where_one_process_stopped(runs: Path) -> None:
+    alone, resumed = load_file(runs / "none llama.safetensors"), load_file(runs / "resumed.safetensors")
+    for name in alone:
+        torch.testing.assert_close(resumed[name], alone[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", [Int8, Nf4])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_of_quantized_matrices_are_parts_of_the_matrix(method: type, dim: int) -> None:
+    whole = method.quantize(torch.randn(48, 256))
+    parts = [whole.part(dim, number, 2) for number in range(2)]
+    assert torch.equal(torch.cat([part.dense() for part in parts], dim), whole.dense())
+    names = [name for name, _ in whole.named_buffers()]
+    joined = parts[1].joined({name: [getattr(part, name) for part in parts] for name in names}, dim)
+    for name in names:
+        assert torch.equal(getattr(joined, name), getattr(whole, name))
+
+
+def test_a_block_of_nf4_is_not_cut() -> None:
+    with pytest.raises(SettingsError, match="48 numbers lie side by side"):
+        Nf4.quantize(torch.randn(4, 96)).part(1, 0, 2)
+
+
+def test_what_does_not_divide_or_cannot_be_cut() -> None:
+    three = {**tensor_run.LLAMA, "num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 42}
+    with pytest.raises(SettingsError, match=r"6 attention heads, 3 key-value heads.*among 2 ranks\. Possible: 3\."):
+        tensor_parallel._check(build(from_dict(three)), 2)
+    alibi = {"model_type": "bildung", "positions": "alibi", "vocab_size": 61, "hidden_size": 8}
+    alibi |= {"num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    with pytest.raises(TrainingError, match="a bias on the scores"):
+        tensor_parallel._check(build(from_dict(alibi)), 2)
+    bert = {**tensor_run.SIZES, "model_type": "bert"}
+    with pytest.raises(SettingsError, match="decoder-only"):
+        tensor_parallel._check(build(from_dict(bert)), 2)
+
+
+def test_a_delta_of_another_kind_is_named() -> None:
+    class Strange(Delta):
+        pass
+
+    linear = build(from_dict(tensor_run.LLAMA)).model.layers[0].mlp.up_proj
+    linear.deltas["x"] = Strange()
+    with pytest.raises(TrainingError, match="up carries a Strange"):
+        tensor_parallel._cut_linear("up", linear, 0, None)
+
+
+def test_teams_must_divide_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(SettingsError, match="tensor_ranks = 3 of 4 ranks"):
+        Parallel("tensor", model, None, tensor_ranks=3)
+    with pytest.raises(SettingsError, match="needs parallel = tensor"):
+        Parallel("ddp", model, None, tensor_ranks=2)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from bildung.core.errors import OutputError
 from bildung.core.inputs import changed
 
+END = ".end"  # why the work ends with what is there already (see app/export.py)
 INPUTS = ".inputs.json"  # what the run that works here, or was interrupted here, started from
 LONGEST_NAME = 255 - len("..replaced")  # bytes; 255 is what Linux and macOS allow
 
@@ -127,6 +128,8 @@ def _prepare(staging: Path, inputs: Mapping[str, Any]) -> None:
             reasons = ["its inputs cannot be read"]
         if not reasons:
             return
+        if (staging / END).exists():  # what was put there to be finished must not begin anew
+            raise OutputError(f"what the run started from has changed: {'; '.join(reasons)}")
         if was_interrupted(staging):
             print(f"what an interrupted run left in {staging} is thrown away: {'; '.join(reasons)}", file=sys.stderr)
         mark.write_text("")  # the mark loses its meaning first: a kill from here on cannot leave a false one

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from bildung.core import ranks
 from bildung.core.errors import TrainingError
 from bildung.core.progress import progress
+from bildung.core.staging import END
 from bildung.train.ahead import ahead
 from bildung.train.checkpoint import Checkpoints, put, trained
 from bildung.train.history import METRICS, History, Log, read_rows
@@ -42,7 +43,6 @@ from bildung.train.watch import Watch
 __all__ = ["METRICS", "History", "LossSum", "Objective", "fit", "mean_loss"]
 
 Also = tuple[int, Callable[[Any], Mapping[str, Any]]]  # every so many steps, of the model: more for the log
-END = ".end"  # in the place of work: the run ends with the checkpoint that is there (see app/export.py)
 
 
 def fit(
@@ -122,7 +122,6 @@ def fit(
         if evaluate is None:
             return {}
         found = {f"held_out_{name}": value for name, value in evaluate(model).items()}
-        parallel.at_rest()
         loss = found["held_out_loss"]
         if history.best_loss is None or loss < history.best_loss:
             history.best_loss, history.best_step, history.waited = loss, step, 0

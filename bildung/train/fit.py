@@ -122,6 +122,7 @@ def fit(
         if evaluate is None:
             return {}
         found = {f"held_out_{name}": value for name, value in evaluate(model).items()}
+        parallel.at_rest()
         loss = found["held_out_loss"]
         if history.best_loss is None or loss < history.best_loss:
             history.best_loss, history.best_step, history.waited = loss, step, 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bildung.instruct.filters import Instance
 
@@ -27,7 +27,6 @@ class SeedTask:
     instruction: str
     instances: tuple[Instance, ...]
     is_classification: bool = False
-    name: str = field(default="", compare=False)
 
 
 def ask_for_instructions(shown: Sequence[str]) -> str:

@@ -216,7 +216,8 @@ def _instances(
         found = read_instances(text, kind)
         kept, why = keep_instances(found, cut_off)
         dropped.update({f"instance: {reason}": count for reason, count in why.items()})
-        dropped.update({"instruction without any instance": not found})
+        if not found:
+            dropped["instruction without any instance"] += 1
         tasks.append(SeedTask(instruction, tuple(kept), kind))
     return tasks
 

@@ -41,11 +41,13 @@ def command(settings: Command) -> None:
     from bildung.train.plan import plan, speed
 
     room = bytes_of(settings.memory) if settings.memory else psutil.virtual_memory().available
-    given = settings_of(settings.operation, settings.given)
+    given, by_size = complete(settings_of(settings.operation, settings.given), settings.source.expanduser())
     model, rows, length = as_trained(settings.operation, settings.source.expanduser(), given)
     made = plan(model, rows=rows, length=length, optimizer=given.optimizer, micro_steps=given.micro_steps)
     console = Console(highlight=False)
     console.print(f"{settings.operation} from {settings.source}", markup=False)
+    if by_size:
+        console.print(by_size, markup=False)
     console.print(
         f"  {made.parameters:,} parameters, {made.trainable:,} of them trained; "
         f"{made.flops_per_token:,} floating-point operations per trained token"
@@ -76,6 +78,13 @@ def settings_of(operation: str, given: tuple[str, ...]) -> Any:
     return resolve(kind, {"data": "mini:chat", **values} if "data" in kind.__dataclass_fields__ else values)
 
 
+def complete(given: Any, source: Path) -> tuple[Any, str]:
+    """The settings with what follows from `size` filled in, and what was chosen in words."""
+    from bildung.pretrain.size import Sized, chosen
+
+    return chosen(given, source) if isinstance(given, Sized) else (given, "")
+
+
 def as_trained(operation: str, source: Path, given: Any) -> tuple[Any, int, int]:
     """(the model on paper as the operation would train it, rows of a micro-batch, their length)."""
     import torch
@@ -85,6 +94,7 @@ def as_trained(operation: str, source: Path, given: Any) -> tuple[Any, int, int]
     from bildung.pretrain.birth import config_for
     from bildung.tokens.tokenizer import Tokenizer
 
+    given, _ = complete(given, source)
     if (source / "config.json").exists():
         config = read_config(source)
     elif getattr(given, "model", None) is not None:

@@ -21,6 +21,7 @@ from bildung.train.lora_plus import faster_b
 from bildung.train.muon import Muon, matrices_of
 from bildung.train.paged import PagedAdamW
 from bildung.train.rounding import RoundedAdamW
+from bildung.train.shards import apart
 
 if TYPE_CHECKING:
     from bildung.train.training import Training
@@ -50,6 +51,7 @@ def adamw(
 def _fused(
     groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> torch.optim.AdamW:
+    groups = [{**group, "params": some} for group in groups for some in apart(group["params"])]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 
@@ -88,7 +90,7 @@ def optimizer_from(model: nn.Module, given: Training, folder: Path | None = None
 
 def _check_together(given: Training) -> None:
     """Raises SettingsError for a setting that another makes meaningless or impossible."""
-    sharded = given.parallel in ("zero2", "zero3", "hybrid")
+    sharded = given.parallel in ("zero2", "zero3", "hybrid", "tensor")
     plain = given.optimizer == "adamw" and given.weights == "fp32"
     for wrong, why in (
         (given.weights != "fp32" and given.optimizer != "adamw", f"weights = {given.weights!r} goes with adamw only"),

@@ -6,6 +6,9 @@
 
 Any encoder will do: what it has of the head's parts is kept (BERT's pooler), the rest starts at random. The accuracy on
 texts that were not trained on stands beside that of always naming the most frequent class.
+
+The head always trains. method says what else does: all of the encoder, or a LoRA, (IA)³ or BitFit on its layers, which
+are merged into the result: it is an ordinary directory whatever the method.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -36,6 +39,10 @@ from bildung.train.classify import Classify
 from bildung.train.fit import mean_loss
 from bildung.train.optim import ScheduleName
 from bildung.train.training import COMPUTE, Training, check_ranges, check_trainable, run
+from bildung.tune import bitfit, ia3, lora
+from bildung.tune.ia3 import Options as Ia3
+from bildung.tune.lora import Options as Lora
+from bildung.tune.merge import fold_deltas
 
 
 @settings_class
@@ -51,6 +58,9 @@ class Settings(Training):
     label: str = "label"  # column of the class, a number or a name
     max_length: int = 128  # tokens of a text, special ones included; longer ones are cut
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
+    method: Literal["full", "lora", "ia3", "bitfit"] = "full"  # what trains beside the head
+    lora: Lora = Lora()  # method lora: the low-rank deltas
+    ia3: Ia3 = Ia3()  # method ia3: what is rescaled
     learning_rate: float = 5e-5  # at the top of the schedule
     schedule: ScheduleName = "linear"  # course of the learning rate after the warmup
     warmup: float = 0.1  # share of the steps in which the learning rate rises
@@ -68,6 +78,7 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
     check_ranges(settings)
     if settings.test is None and settings.evaluate_every and not settings.held_out:
         raise SettingsError(f"evaluate_every = {settings.evaluate_every} needs texts to measure on: give held_out.")
+    check_method(settings)
 
     def work(job: Job) -> None:
         lm = load(source, "float32")
@@ -85,7 +96,7 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
             for name, part in (("train", train), ("aside", aside), ("final", final))
             if part is not None
         }
-        lm.model.requires_grad_(True)
+        choose_trained(lm.model, settings)
         lm.model.compute_dtype = COMPUTE[settings.precision]
         objective = Classify(text_logits, settings.label_smoothing)
         cut = sum(len(framed.tokens) == longest for framed, _ in encoded["train"])
@@ -104,11 +115,40 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
             job.measured |= figures(found, train, final)
             print(shown(job))
         lm.model.compute_dtype = None
-        lm.model.to(dtype)
+        if settings.method == "full":
+            lm.model.to(dtype)
+        else:
+            fold_deltas(lm.model, dtype)
         write_model(lm, job.out)
 
     data = fingerprint(settings.data) | (fingerprint(settings.test) if settings.test is not None else {})
     return perform("tune classify", source, out, settings, work, data=data, force=force)
+
+
+def check_method(settings: Settings) -> None:
+    """Raises SettingsError for settings of a method that is not the chosen one."""
+    lora.check(settings.lora)
+    for name, given, usual in (("lora", settings.lora, Lora()), ("ia3", settings.ia3, Ia3())):
+        if settings.method != name and given != usual:
+            raise SettingsError(f"settings of {name} were given, and method is {settings.method!r}; set method {name}.")
+
+
+def choose_trained(model: Any, settings: Settings) -> None:
+    """Let the head and what the method adds or names require gradients, nothing else."""
+    if settings.method == "full":
+        model.requires_grad_(True)
+        return
+    if settings.method == "lora":
+        given = settings.lora
+        target = "*.layers.*" if given.target == "all" else given.target  # the head trains whole
+        lora.add_lora(model, replace(given, target=target, seed=given.seed or settings.seed))
+    elif settings.method == "ia3":
+        ia3.add_ia3(model, settings.ia3)
+    else:
+        bitfit.add_bitfit(model, bitfit.Options())
+    for head in (model.classifier, model.pooler):
+        if head is not None:
+            head.requires_grad_(True)
 
 
 def text_logits(model: Any, batch: TextBatch) -> Tensor:

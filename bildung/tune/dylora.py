@@ -33,7 +33,7 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.picture import DPI, FONT, INK, MUTED, RULE, save_figure
 from bildung.model import adapter_file
-from bildung.model.linear import Linear, match_linears
+from bildung.model.linear import Linear
 from bildung.model.nested import Nested, use_rank
 from bildung.model.store import load, write_model
 from bildung.train.fit import mean_loss
@@ -78,6 +78,7 @@ def dylora(source: Path, out: Path, settings: Settings, *, force: bool = False) 
         lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
         if lm.added:
             raise AdapterError(f"{source} is an adapter; what is cut later must stand alone. `bildung merge` it first.")
+        lora.check_kind(lm)
         adapter_file.check_place(lm.model, lm.base)
         add_dylora(lm.model, settings)
         data = train(job, lm, settings, lambda data: drawing(data, settings))
@@ -102,8 +103,7 @@ def check(settings: Options) -> None:
 
 def add_dylora(model: Any, settings: Options, delta: str = "dylora") -> dict[str, Linear]:
     """Freeze the model and add one trainable Nested per matching matrix, all ranks in use; returns those by name."""
-    chosen = match_linears(model, settings.target)
-    lora.check_ranks(chosen, settings.rank)
+    chosen = lora.chosen_for(model, settings.target, settings.rank)
     generator = torch.Generator().manual_seed(settings.seed)
     model.requires_grad_(False)
     for linear in chosen.values():

@@ -33,7 +33,8 @@ from bildung.model import adapter_file
 from bildung.model.dora import DoRA
 from bildung.model.linear import Linear, match_linears
 from bildung.model.low_rank import LowRank, principal
-from bildung.model.store import load, write_model
+from bildung.model.store import LanguageModel, load, write_model
+from bildung.train.training import check_continues_text
 from bildung.tune.instruction import Tuning, train, tune
 
 DELTA = "lora"
@@ -71,6 +72,7 @@ def lora(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
     def work(job: Job) -> None:
         # The frozen matrices are only ever multiplied in the precision of the activations: cast once, not every step.
         lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
+        check_kind(lm)
         add_lora(lm.model, settings)
         adapter_file.check_place(lm.model, lm.base)  # now, and not when hours of training are to be saved
         train(job, lm, settings)
@@ -101,8 +103,7 @@ def add_lora(model: Any, settings: Options, delta: str = DELTA) -> dict[str, Lin
 
     The first values are a function of (seed, matrices matched).
     """
-    chosen = match_linears(model, settings.target)
-    check_ranks(chosen, settings.rank)
+    chosen = chosen_for(model, settings.target, settings.rank)
     scaling = settings.alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
     generator = torch.Generator().manual_seed(settings.seed)
     model.requires_grad_(False)
@@ -126,8 +127,20 @@ def add_lora(model: Any, settings: Options, delta: str = DELTA) -> dict[str, Lin
     return chosen
 
 
-def check_ranks(chosen: dict[str, Linear], rank: int) -> None:
-    """Raises SettingsError for a rank above a matrix's own: more numbers than the matrix has, for nothing."""
+def check_kind(lm: LanguageModel) -> None:
+    """Raises DataError for a model that learns neither from conversations nor from sources and targets."""
+    if not hasattr(lm.model, "given"):
+        check_continues_text(lm)
+
+
+def chosen_for(model: Any, target: str | tuple[str, ...], rank: int) -> dict[str, Linear]:
+    """The matrices for a low-rank delta; "all" leaves out vectors (matrices of one row), as of Bahdanau's attention.
+
+    Raises SettingsError for a rank above a matrix's own: more numbers than the matrix has, for nothing.
+    """
+    chosen = match_linears(model, target)
+    if target == "all":
+        chosen = {name: one for name, one in chosen.items() if min(one.in_features, one.out_features) > 1}
     name, linear = min(chosen.items(), key=lambda item: min(item[1].in_features, item[1].out_features))
     most = min(linear.in_features, linear.out_features)
     if rank > most:
@@ -135,3 +148,4 @@ def check_ranks(chosen: dict[str, Linear], rank: int) -> None:
             f"rank = {rank} was given, and {name} is a matrix of ({linear.out_features}, {linear.in_features}), whose "
             f"rank is at most {most}. Lower rank, or leave that matrix out of target."
         )
+    return chosen

@@ -95,3 +95,37 @@ def test_what_is_refused(rows: str, tmp_path: Path, tiny_lm_directory: Path) -> 
         classify(source, tmp_path / "out", given(rows, held_out=0, evaluate_every=5))
     with pytest.raises(DataError, match="at least one must stay"):
         classify(source, tmp_path / "out", given(rows, held_out=120))
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bitfit"])
+def test_the_encoder_learns_by_other_methods_and_the_result_is_ordinary(method: str, rows: str, tmp_path: Path) -> None:
+    source = bildung.save(tiny_encoder("BertModel"), tmp_path / "source")
+    chosen = {"method": "lora", "lora": {"rank": 4, "dora": True}} if method == "dora" else {"method": method}
+    record = classify(source, tmp_path / "out", given(rows, learning_rate=1e-2, **chosen))
+    assert record.measured["loss_last"] < record.measured["loss_first"] - 0.01
+    if method in ("lora", "dora"):  # the others cannot turn this encoder's random features into a word's meaning
+        assert record.measured["accuracy"] > 0.8 > record.measured["majority_accuracy"]
+    base = bildung.load(source).model
+    assert record.measured["trainable_parameters"] < sum(p.numel() for p in base.parameters()) / 2
+    lm = bildung.load(tmp_path / "out")
+    assert not lm.added and not any(linear.deltas for linear in lm.model.linears().values())
+    same = torch.equal(lm.model.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    assert same and not torch.equal(lm.model.state_dict()[MOVED[method]], base.state_dict()[MOVED[method]])
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.tensor([[2, 40, 41, 42, 3]])
+    with torch.no_grad():
+        assert torch.allclose(peer(tokens).logits, lm.model.classify(lm.model.hidden(tokens)), atol=1e-4)
+
+
+MOVED = {
+    "lora": "model.layers.0.mlp.up_proj.base.weight",
+    "dora": "model.layers.0.mlp.up_proj.base.weight",
+    "ia3": "model.layers.0.mlp.down_proj.base.weight",
+    "bitfit": "model.layers.0.mlp.up_proj.bias",
+}
+
+
+def test_settings_of_another_method_are_refused(rows: str, tmp_path: Path) -> None:
+    source = bildung.save(tiny_encoder("BertModel"), tmp_path / "source")
+    with pytest.raises(SettingsError, match="settings of lora were given, and method is 'full'"):
+        classify(source, tmp_path / "out", given(rows, lora={"rank": 4}))

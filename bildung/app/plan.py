@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def as_trained(operation: str, source: Path, given: Any) -> tuple[Any, int, int]
 
     from bildung.model.config import from_dict, read_config
     from bildung.model.count import on_paper
+    from bildung.model.store import LanguageModel
     from bildung.pretrain.birth import config_for
     from bildung.tokens.tokenizer import Tokenizer
 
@@ -104,14 +106,21 @@ def as_trained(operation: str, source: Path, given: Any) -> tuple[Any, int, int]
         raise SettingsError(f"{source} holds no model; give model={{...}}, the keys of the config.json of a new one.")
     model: Any = on_paper(config)
     rows = given.batch_size * (2 if operation == "align dpo" else 1)
-    if hasattr(given, "rank"):
-        from bildung.tune.lora import add_lora
-
+    if (add := _addition(operation, given)) is not None:
         model = model.to(torch.bfloat16 if given.precision == "bf16" else torch.float32)
-        add_lora(model, given)
+        whole = LanguageModel(model, Tokenizer.load(source), config)
+        add(whole if operation in ("tune prompt", "tune prefix") else model, given)
     else:
         model.requires_grad_(True)
     return model, rows, getattr(given, "max_length", config.max_position_embeddings)
+
+
+def _addition(operation: str, given: Any) -> Callable[[Any, Any], Any] | None:
+    """What freezes the model and adds what trains: `add_NAME` of bildung/tune/NAME.py; None when all of it trains."""
+    from bildung.tune.lora import add_lora
+
+    own = getattr(find(operation, verbs()).load(), f"add_{operation.partition(' ')[2]}", None)
+    return own if own is not None or not hasattr(given, "rank") else add_lora
 
 
 def advice(made: Any, ranks: tuple[int, ...], room: int, rows: int) -> list[str]:

@@ -214,6 +214,7 @@ def _share(part: int, whole: int) -> str:
 def remarks(shown: Shown) -> list[str]:
     """Work per token, cache, how the numbers are stored, what was added, where one can look."""
     from bildung.model.count import cache_bytes, totals
+    from bildung.model.virtual import virtual_of
 
     model, config, (_, work) = shown.model, shown.config, totals(shown.parts)
     what = "one image" if config.kind == "vision" else f"{shown.length} tokens in one row"
@@ -235,6 +236,8 @@ def remarks(shown: Shown) -> list[str]:
         ranks = sorted({delta.rank for delta in deltas if hasattr(delta, "rank")})
         rank = f", rank {', '.join(map(str, ranks))}" if ranks else ""
         said.append(f"delta {name!r}: {kind} on {len(deltas)} matrices{rank}")
+    if (virtual := virtual_of(model)) is not None:
+        said.append(f"{virtual.length} virtual tokens before every text, as a {type(virtual).__name__.lower()}")
     if len(model.attached):
         said.append(f"attached modules at {', '.join(key.replace('/', '.') for key in model.attached)}")
     said.append(f"{len(model.sites)} activation sites (--sites lists them)")

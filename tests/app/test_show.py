@@ -15,9 +15,12 @@ from bildung.app.show import look_at, spans
 from bildung.app.show_picture import draw
 from bildung.app.show_stacks import stacks_of
 from bildung.core.errors import ConfigError, SettingsError
+from bildung.model.bottleneck import Bottleneck
 from bildung.model.linear import replace_stores
 from bildung.model.low_rank import LowRank
 from bildung.model.quantized import METHODS
+from bildung.model.store import write_attached
+from bildung.model.virtual import Prompt, add_virtual
 from tests.model.tiny import tiny_lm
 
 
@@ -58,6 +61,21 @@ def test_a_directory_an_adapter_and_a_quantized_model(tmp_path: Path, capsys: py
     replace_stores(lm.model, "mlp.*", lambda linear: METHODS["nf4"].quantize(linear.base.dense().detach()))
     text = shown(capsys, str(bildung.save(lm, tmp_path / "nf4")))
     assert "6 matrices Nf4" in text and "9 matrices float32" in text
+
+
+def test_virtual_tokens_and_bottlenecks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = bildung.save(tiny_lm(), tmp_path / "base")
+    lm = bildung.load(base)
+    add_virtual(lm.model, Prompt(torch.zeros(7, lm.config.hidden_size)))
+    bildung.save(lm, tmp_path / "prompt")
+    run(["show", str(tmp_path / "prompt")])
+    assert "7 virtual tokens before every text, as a prompt" in " ".join(capsys.readouterr().out.split())
+    lm = bildung.load(base)
+    bildung.attach(lm.model, "layers.1.mlp.out", Bottleneck(lm.config.hidden_size, 3, "relu"))
+    (tmp_path / "attached").mkdir()
+    write_attached(lm, tmp_path / "attached")
+    run(["show", str(tmp_path / "attached")])
+    assert "attached modules at layers.1.mlp.out" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg"])

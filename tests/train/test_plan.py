@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bildung.app.cli import run
-from bildung.app.plan import advice, bytes_of, settings_of
+from bildung.app.plan import advice, as_trained, bytes_of, settings_of
 from bildung.core.errors import SettingsError
 from bildung.model.build import build
 from bildung.model.config import from_dict
@@ -108,6 +108,16 @@ def test_on_the_command_line(tiny_lm, capsys: pytest.CaptureFixture[str], tmp_pa
     run(words)
     shown = capsys.readouterr().out
     assert "activations" in shown and "tokens/s" in shown and "3 steps" in shown
+
+
+@pytest.mark.parametrize(
+    "words", [("prompt", "length=5"), ("prefix", "length=5"), ("adapter", "kind=parallel"), ("ia3",)]
+)
+def test_only_what_a_method_adds_is_planned(tiny_lm, words: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    operation = f"tune {words[0]}"
+    model, _, _ = as_trained(operation, tiny_lm.path, settings_of(operation, words[1:]))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert 0 < trained < tiny_lm.model.embedding.weight.numel()
 
 
 def test_bad_words() -> None:

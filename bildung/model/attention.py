@@ -15,14 +15,14 @@ formula no kernel knows (soft-cap, sinks), takes the explicit path, which spells
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bildung.core.errors import SettingsError
-from bildung.model.attention_blocks import QUERIES, Block, attend, blocks_of
+from bildung.model.attention_blocks import QUERIES, Blocks, attend, blocks_of
 from bildung.model.base import can_look
 from bildung.model.config import ModelConfig
 from bildung.model.kv_cache import KVCache
@@ -42,14 +42,16 @@ class Mask:
     allowed_B1LS: Tensor | None
     causal: bool
     bias_BNLS: Tensor | None = None
-    made: dict[tuple[int, int, int], list[Block]] = field(default_factory=dict, compare=False)
+    blocks: Blocks | None = None  # how attention on a CPU goes through it (attention_blocks.py)
 
-    def blocks(self, rows: int, length: int, total: int) -> list[Block]:
-        """This mask cut into blocks of queries, once for all layers."""
-        shape = (rows, length, total)
-        if shape not in self.made:
-            self.made[shape] = blocks_of(self.allowed_B1LS, self.causal, *shape)
-        return self.made[shape]
+    def cut(self, x_BLD: Tensor, total: int) -> Mask:
+        """This mask with its blocks, for queries of all of `x` and `total` keys, where blocks are worth it."""
+        rows, length, _ = x_BLD.shape
+        if x_BLD.device.type != "cpu" or length < QUERIES or self.bias_BNLS is not None:
+            return self
+        if torch.compiler.is_compiling() or (self.allowed_B1LS is not None and not can_look(self.allowed_B1LS)):
+            return self
+        return replace(self, blocks=blocks_of(self.allowed_B1LS, self.causal, rows, length, total))
 
     def allowed(self, scores_BNLS: Tensor) -> Tensor | None:
         """`allowed_B1LS`, or causality spelt out."""
@@ -172,9 +174,8 @@ class Attention(nn.Module):
                 q_BKGH, k_BKSH, v_BKSH, attn_mask=mask.allowed_B1LS, dropout_p=dropout, scale=self.scale
             )
             return z_BKGH.reshape(B, N, 1, H)
-        if not dropout and _by_blocks(q_BNLH, mask):
-            rows, _, length, _ = q_BNLH.shape
-            return attend(q_BNLH, k_BKSH, v_BKSH, self.scale, mask.blocks(rows, length, k_BKSH.shape[2]))
+        if mask.blocks is not None and not dropout:
+            return attend(q_BNLH, k_BKSH, v_BKSH, self.scale, mask.blocks)
         allowed = mask.allowed_B1LS if mask.bias_BNLS is None else mask.bias_BNLS.to(q_BNLH.dtype)
         return F.scaled_dot_product_attention(
             q_BNLH,
@@ -223,14 +224,6 @@ class Attention(nn.Module):
             probs = F.softmax(scores, dim=-1, dtype=torch.float32)
         probs = self.taps(self.probs_site, probs.to(scores.dtype))
         return F.dropout(probs, self.dropout, self.training) @ v_BNSH
-
-
-def _by_blocks(q_BNLH: Tensor, mask: Mask) -> bool:
-    """Whether attention by blocks (attention_blocks.py) is possible and faster than the kernel."""
-    length, allowed = q_BNLH.shape[2], mask.allowed_B1LS
-    if q_BNLH.device.type != "cpu" or length < QUERIES or mask.bias_BNLS is not None or torch.compiler.is_compiling():
-        return False
-    return allowed is None or (allowed.shape[2] == length and can_look(allowed))
 
 
 @dataclass(frozen=True)

@@ -24,95 +24,138 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 QUERIES = 128  # of a block; below so many the kernel is as fast
 
 
 @dataclass(frozen=True)
-class Block:
-    """Queries of one row of the batch, and the keys that one of them at least may look at."""
+class Blocks:
+    """A mask cut into blocks, as tensors, so that compiled graphs can take it. Each line of `table` (one per block):
+    row of the batch; first query and the one after the last; first key and the one after the last that any of these
+    queries may look at; where its bias begins, and how many columns it has. The bias, 0 or -inf, is that of the last
+    columns; those before are allowed to all queries."""
 
-    row: int
-    queries: slice
-    keys: slice
-    bias_QW: Tensor | None  # 0 or -inf, of the last columns; those before are allowed to all
+    table: Tensor
+    bias: Tensor
 
 
-def blocks_of(allowed_B1LS: Tensor | None, causal: bool, rows: int, length: int, total: int) -> list[Block]:
+def blocks_of(allowed_B1LS: Tensor | None, causal: bool, rows: int, length: int, total: int) -> Blocks:
     """The blocks of a mask: `allowed_B1LS` (B or 1 rows), or causality, or all pairs."""
-    blocks: list[Block] = []
+    table: list[list[int]] = []
+    parts: list[Tensor] = [torch.zeros(0)]
+    filled, per_row = 0, -(-length // QUERIES)
     for row in range(rows):
         if row and (allowed_B1LS is None or len(allowed_B1LS) == 1):
-            blocks += [Block(row, b.queries, b.keys, b.bias_QW) for b in blocks[: -(-length // QUERIES)]]
+            table += [[row, *line[1:]] for line in table[:per_row]]
             continue
         for start in range(0, length, QUERIES):
             end = min(start + QUERIES, length)
             if allowed_B1LS is not None:
-                keys, bias_QW = _of_mask(allowed_B1LS[row, 0, start:end])
-            elif causal:
-                keys = slice(0, end)
-                bias_QW = _bias(torch.ones(end - start, end - start, dtype=torch.bool).tril())
+                first, last, bias_QW = _of_mask(allowed_B1LS[row, 0, start:end])
             else:
-                keys, bias_QW = slice(0, total), None
-            blocks.append(Block(row, slice(start, end), keys, bias_QW))
-    return blocks
+                first, last, bias_QW = 0, total, torch.zeros(end - start, 0)
+                if causal:
+                    last, bias_QW = end, _bias(torch.ones(end - start, end - start, dtype=torch.bool).tril())
+            table.append([row, start, end, first, last, filled, bias_QW.shape[1]])
+            parts.append(bias_QW.flatten())
+            filled += bias_QW.numel()
+    return Blocks(torch.tensor(table), torch.cat(parts))
 
 
-def _of_mask(allowed_QS: Tensor) -> tuple[slice, Tensor | None]:
-    """The keys that any query sees, and the bias from the first that not all of them see."""
+def _of_mask(allowed_QS: Tensor) -> tuple[int, int, Tensor]:
+    """The first key that any query sees, the one after the last, and the bias from the first that not all see."""
     seen = allowed_QS.any(0).nonzero()
-    keys = slice(int(seen[0]), int(seen[-1]) + 1)
-    by_all = allowed_QS[:, keys].all(0)
-    if by_all.all():
-        return keys, None
-    return keys, _bias(allowed_QS[:, keys][:, int((~by_all).nonzero()[0]) :])
+    first, last = int(seen[0]), int(seen[-1]) + 1
+    by_all = allowed_QS[:, first:last].all(0)
+    partly = last - first if by_all.all() else int((~by_all).nonzero()[0])
+    return first, last, _bias(allowed_QS[:, first + partly : last])
 
 
 def _bias(allowed_QW: Tensor) -> Tensor:
     return torch.zeros(allowed_QW.shape).masked_fill_(~allowed_QW, float("-inf"))
 
 
-def attend(q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, blocks: list[Block]) -> Tensor:
+def attend(q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, blocks: Blocks) -> Tensor:
     """softmax(q k^T · scale, masked) v of shape BNLH; every query is in one of the blocks and sees a key."""
-    z_BNLH: Tensor = _Blocks.apply(q_BNLH, k_BKSH, v_BKSH, scale, blocks)
-    return z_BNLH
+    z_BLNH: Tensor = _attend(q_BNLH, k_BKSH, v_BKSH, scale, blocks.table, blocks.bias)
+    return z_BLNH.transpose(1, 2)
 
 
-class _Blocks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, blocks: list[Block]) -> Tensor:
-        ctx.scale, ctx.blocks = scale, blocks
-        ctx.save_for_backward(q_BNLH, k_BKSH, v_BKSH)
-        # Laid out as B L N H, which is what reads it next.
-        z_BNLH = torch.empty_like(q_BNLH.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        k, v = _wide(k_BKSH), _wide(v_BKSH)
-        with products_in(q_BNLH.dtype):
-            for block in blocks:
-                q_KRH = _rows(q_BNLH[block.row, :, block.queries], k.shape[1])
-                p_KRW = _probs(q_KRH, k[block.row, :, block.keys], scale, block.bias_QW)
-                z_KRH = torch.bmm(p_KRW, v[block.row, :, block.keys])
-                z_BNLH[block.row, :, block.queries] = z_KRH.view(q_BNLH.shape[1], -1, q_BNLH.shape[3])
-        return z_BNLH
+# Operators of their own: to a compiler, and to a plan on paper, each is one call with a known result.
+@torch.library.custom_op(
+    "bildung::attend",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor table, Tensor bias) -> Tensor",
+)
+def _attend(q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, table: Tensor, bias: Tensor) -> Tensor:
+    B, N, L, H = q_BNLH.shape
+    z_BLNH = q_BNLH.new_empty(B, L, N, H)  # laid out as what reads it next wants it
+    z_BNLH, k, v = z_BLNH.transpose(1, 2), _wide(k_BKSH), _wide(v_BKSH)
+    with products_in(q_BNLH.dtype):
+        for at_queries, at_keys, bias_QW in _each(table, bias):
+            q_KRH = _rows(q_BNLH[at_queries], k.shape[1])
+            p_KRW = _probs(q_KRH, k[at_keys], scale, bias_QW)
+            z_BNLH[at_queries] = torch.bmm(p_KRW, v[at_keys]).view(N, -1, H)
+    return z_BLNH
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dz_BNLH: Tensor) -> tuple[Tensor | None, ...]:
-        """With p the probabilities, s the scores: dv = pᵀ dz, dp = dz vᵀ, ds = p (dp - Σ p dp), dq = ds k · scale."""
-        q_BNLH, k_BKSH, v_BKSH = ctx.saved_tensors
-        k, v = _wide(k_BKSH), _wide(v_BKSH)
-        dq_BNLH, dk, dv = torch.empty_like(q_BNLH), torch.zeros_like(k), torch.zeros_like(v)
-        with products_in(q_BNLH.dtype):
-            for block in ctx.blocks:
-                at_keys, at_queries = (block.row, slice(None), block.keys), (block.row, slice(None), block.queries)
-                q_KRH, dz_KRH = _rows(q_BNLH[at_queries], k.shape[1]), _rows(dz_BNLH[at_queries], k.shape[1])
-                p_KRW = _probs(q_KRH, k[at_keys], ctx.scale, block.bias_QW)
-                dv[at_keys].baddbmm_(p_KRW.transpose(1, 2), dz_KRH)
-                dp_KRW = torch.bmm(dz_KRH, v[at_keys].transpose(1, 2))
-                ds_KRW = torch._softmax_backward_data(dp_KRW, p_KRW, -1, dp_KRW.dtype).mul_(ctx.scale)
-                dk[at_keys].baddbmm_(ds_KRW.transpose(1, 2), q_KRH)
-                dq_BNLH[at_queries] = torch.bmm(ds_KRW, k[at_keys]).view(q_BNLH.shape[1], -1, q_BNLH.shape[3])
-        return dq_BNLH, dk.to(k_BKSH.dtype), dv.to(v_BKSH.dtype), None, None
+
+@torch.library.custom_op(
+    "bildung::attend_backward",
+    mutates_args=(),
+    schema="(Tensor dz, Tensor q, Tensor k, Tensor v, float scale, Tensor table, Tensor bias) -> "
+    "(Tensor, Tensor, Tensor)",
+)
+def _attend_backward(
+    dz_BLNH: Tensor, q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, table: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With p the probabilities, s the scores: dv = pᵀ dz, dp = dz vᵀ, ds = p (dp - Σ p dp), dq = ds k · scale."""
+    N, H = q_BNLH.shape[1], q_BNLH.shape[3]
+    dz_BNLH, k, v = dz_BLNH.transpose(1, 2), _wide(k_BKSH), _wide(v_BKSH)
+    dq_BNLH, dk, dv = q_BNLH.new_empty(q_BNLH.shape), torch.zeros_like(k), torch.zeros_like(v)
+    with products_in(q_BNLH.dtype):
+        for at_queries, at_keys, bias_QW in _each(table, bias):
+            q_KRH, dz_KRH = _rows(q_BNLH[at_queries], k.shape[1]), _rows(dz_BNLH[at_queries], k.shape[1])
+            p_KRW = _probs(q_KRH, k[at_keys], scale, bias_QW)
+            dv[at_keys].baddbmm_(p_KRW.transpose(1, 2), dz_KRH)
+            dp_KRW = torch.bmm(dz_KRH, v[at_keys].transpose(1, 2))
+            ds_KRW = torch._softmax_backward_data(dp_KRW, p_KRW, -1, dp_KRW.dtype).mul_(scale)
+            dk[at_keys].baddbmm_(ds_KRW.transpose(1, 2), q_KRH)
+            dq_BNLH[at_queries] = torch.bmm(ds_KRW, k[at_keys]).view(N, -1, H)
+    return dq_BNLH, _as(dk, k_BKSH), _as(dv, v_BKSH)
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, table: Tensor, bias: Tensor) -> Tensor:
+    B, N, L, H = q.shape
+    return q.new_empty(B, L, N, H)
+
+
+@_attend_backward.register_fake
+def _(
+    dz: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, table: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, k, v, ctx.scale, table, bias = inputs
+    ctx.save_for_backward(q, k, v, table, bias)
+
+
+def _slopes(ctx: Any, dz_BLNH: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, table, bias = ctx.saved_tensors
+    return *_attend_backward(dz_BLNH, q, k, v, ctx.scale, table, bias), None, None, None
+
+
+_attend.register_autograd(_slopes, setup_context=_keep)
+
+
+def _each(table: Tensor, bias: Tensor) -> Iterator[tuple[Any, Any, Tensor]]:
+    """(where its queries are, where its keys are, its bias) of every block."""
+    every = slice(None)
+    for row, start, end, first, last, filled, width in table.tolist():
+        bias_QW = bias[filled : filled + (end - start) * width].view(end - start, width)
+        yield (row, every, slice(start, end)), (row, every, slice(first, last)), bias_QW
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -126,9 +169,14 @@ def _rows(x_NQH: Tensor, key_heads: int) -> Tensor:
     return _wide(x_NQH).view(key_heads, -1, x_NQH.shape[2])
 
 
-def _probs(q_KRH: Tensor, k_KWH: Tensor, scale: float, bias_QW: Tensor | None) -> Tensor:
+def _as(x: Tensor, like: Tensor) -> Tensor:
+    """In the type of `like`, in memory of its own."""
+    return x.to(like.dtype).contiguous()
+
+
+def _probs(q_KRH: Tensor, k_KWH: Tensor, scale: float, bias_QW: Tensor) -> Tensor:
     s_KRW = torch.baddbmm(q_KRH.new_empty(()), q_KRH, k_KWH.transpose(1, 2), beta=0, alpha=scale)
-    if bias_QW is not None:
+    if bias_QW.numel():
         s_KRW.unflatten(1, (-1, len(bias_QW)))[..., -bias_QW.shape[1] :].add_(bias_QW)
     return torch.softmax(s_KRW, -1)
 

@@ -99,7 +99,9 @@ class Stack(nn.Module):
                 x_BLD.device,
                 causal=self.config.causal,
                 prefix_BS=reading.prefix_BS,
-            ).with_bias(bias)
+            )
+            .with_bias(bias)
+            .cut(x_BLD, past + L)
             for window in set(self.config.windows)
         }
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bildung.model import attention, attention_blocks
+from bildung.model import attention
 from bildung.model.attention import Mask, make_mask
 from bildung.model.attention_blocks import QUERIES, attend, blocks_of, products_in
 from bildung.model.build import build
 from bildung.model.config import from_dict
+from bildung.model.transformer import Decoder
 
 B, L, N, K, H = 2, 300, 4, 2, 8
 
@@ -60,7 +61,12 @@ def by_kernel(mask: Mask):  # type: ignore[no-untyped-def]
 
 
 def by_blocks(mask: Mask):  # type: ignore[no-untyped-def]
-    return lambda q, k, v: attend(q, k, v, 0.3, mask.blocks(q.shape[0], q.shape[2], k.shape[2]))
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        blocks = mask.cut(torch.empty(q.shape[0], q.shape[2], 1), k.shape[2]).blocks
+        assert blocks is not None
+        return attend(q, k, v, 0.3, blocks)
+
+    return f
 
 
 @pytest.mark.parametrize("name", masks())
@@ -89,8 +95,9 @@ def test_more_keys_than_queries() -> None:
 
 def computed(mask: Mask) -> int:
     """Scores per head."""
-    blocks = mask.blocks(B, L, L)
-    return sum((b.queries.stop - b.queries.start) * (b.keys.stop - b.keys.start) for b in blocks)
+    blocks = mask.cut(torch.empty(B, L, 1), L).blocks
+    assert blocks is not None
+    return sum((end - start) * (last - first) for _, start, end, first, last, *_ in blocks.table.tolist())
 
 
 def test_what_is_forbidden_as_a_whole_is_not_computed() -> None:
@@ -103,17 +110,21 @@ def test_what_is_forbidden_as_a_whole_is_not_computed() -> None:
     assert made["window"] < made["causal"]
 
 
-def test_a_model_takes_it_for_long_rows_and_gives_what_it_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_model() -> Decoder:
     keys = dict(model_type="llama", vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
     keys |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=L, initializer_range=0.2)
     keys |= dict(rms_norm_eps=1e-5, tie_word_embeddings=False)
-    model = build(from_dict(keys))
+    return build(from_dict(keys))
+
+
+def test_a_model_takes_it_for_long_rows_and_gives_what_it_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
     tokens = torch.randint(0, 61, (2, L))
     segments = torch.cat((documents(40, 7, 200, 53), documents(1, 299)))
     calls: list[int] = []
 
     def counting(*given):  # type: ignore[no-untyped-def]
-        calls.append(len(given[4]))
+        calls.append(len(given[4].table))
         return attend(*given)
 
     monkeypatch.setattr(attention, "attend", counting)
@@ -142,7 +153,8 @@ def test_it_keeps_q_k_and_v_only() -> None:
     given, kept = inputs(), set[int]()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.untyped_storage().data_ptr()) or t, lambda t: t):
         z = by_blocks(masks()["causal"])(*given)
-    assert kept == {one.untyped_storage().data_ptr() for one in given} and z.requires_grad
+    own = {one.untyped_storage().data_ptr() for one in given}
+    assert own < kept and len(kept) == 5 and z.requires_grad  # and the blocks, which all layers share
 
 
 def test_products_in_bfloat16_lose_nothing_of_bfloat16_factors_and_leave_the_setting_as_it_was() -> None:
@@ -154,8 +166,30 @@ def test_products_in_bfloat16_lose_nothing_of_bfloat16_factors_and_leave_the_set
     assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
-def test_blocks_are_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = masks()["causal"]
-    monkeypatch.setattr(attention, "blocks_of", lambda *given: [given])
-    assert mask.blocks(1, 2, 3) is mask.blocks(1, 2, 3)
-    assert blocks_of is attention_blocks.blocks_of
+def test_blocks_are_made_once_for_all_layers_and_only_where_they_are_of_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = small_model(), []
+    monkeypatch.setattr(attention, "blocks_of", lambda *given: made.append(given) or blocks_of(*given))
+    model(torch.randint(0, 61, (2, L)))
+    assert len(made) == 1
+    model(torch.randint(0, 61, (2, QUERIES - 1)))
+    assert len(made) == 1
+    biased = Mask(None, causal=True).with_bias(torch.zeros(1, N, L, L))
+    assert biased.cut(torch.empty(B, L, 1), L).blocks is None
+
+
+def test_the_operators_are_what_they_say() -> None:
+    """Shapes without numbers, gradients, no input changed: what compilers rely on."""
+    mask = masks()["documents"].cut(torch.empty(B, L, 1), L)
+    assert mask.blocks is not None
+    for dtype in (torch.float32, torch.bfloat16):
+        given = (*inputs(dtype), 0.3, mask.blocks.table, mask.blocks.bias)
+        torch.library.opcheck(torch.ops.bildung.attend.default, given)
+
+
+def test_compiled() -> None:
+    mask = masks()["documents"]
+    blocks = mask.cut(torch.empty(B, L, 1), L).blocks
+    assert blocks is not None
+    run = torch.compile(lambda q, k, v: attend(q, k, v, 0.3, blocks), backend="aot_eager", fullgraph=True)
+    for ours, theirs in zip(results(run, inputs()), results(by_blocks(mask), inputs()), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)

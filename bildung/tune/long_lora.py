@@ -150,10 +150,10 @@ def whole_rows(tokenizer: Tokenizer, given: Settings) -> tuple[list[Example], li
     return *set_aside(whole, given.held_out, given.seed), notes
 
 
-def low_rank(given: Settings) -> lora.Settings:
+def low_rank(given: Settings) -> lora.Options:
     """The LoRA of the attention matrices."""
     target = ("q_proj", "k_proj", "v_proj", "o_proj")
-    return lora.Settings(data=given.data, rank=given.rank, alpha=given.alpha, target=target, seed=given.seed)
+    return lora.Options(rank=given.rank, alpha=given.alpha, target=target, seed=given.seed)
 
 
 def prepare(lm: LanguageModel, given: Settings) -> None:

@@ -101,7 +101,7 @@ def rename_tensors(adapter: Path, old: str, new: str) -> None:
     save_file({k.replace(old, new): t for k, t in tensors.items()}, adapter / "adapter_model.safetensors")
 
 
-NO_LORA = {key: None for key in ("r", "lora_alpha", "bias", "qalora_group_size", "init_lora_weights", "megatron_core")}
+NO_LORA = dict.fromkeys(("r", "lora_alpha", "bias", "qalora_group_size", "init_lora_weights", "megatron_core"))
 BAD = {
     "dora": (lambda a: change_config(a, use_dora=True), "has no lora_magnitude_vector"),
     "other method": (lambda a: change_config(a, peft_type="LOHA"), "peft_type = 'LOHA' is not supported"),

@@ -28,7 +28,8 @@ from tests.parity.test_peft_families import CONFIGS, TOKENS, close, logits_of, p
 
 LLAMA = dict(
     vocab_size=260, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1, head_dim=8,
-    intermediate_size=40, max_position_embeddings=40, bos_token_id=256, eos_token_id=257, pad_token_id=258, initializer_range=0.2,
+    intermediate_size=40, max_position_embeddings=40, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+    initializer_range=0.2,
 )  # fmt: skip
 ALL = {**CONFIGS, "llama": LLAMA}
 TARGETS = {  # of (IA)³, in the words of the family's files: matrices, and those scaled at the input

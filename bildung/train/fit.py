@@ -43,6 +43,7 @@ from bildung.train.watch import Watch
 __all__ = ["METRICS", "History", "LossSum", "Objective", "fit", "mean_loss"]
 
 Also = tuple[int, Callable[[Any], Mapping[str, Any]]]  # every so many steps, of the model: more for the log
+STOP = "stop"  # with this key among what it adds, the run ends
 
 
 def fit(
@@ -82,7 +83,8 @@ def fit(
     spike        skip a step whose gradient norm is above so many times the median of the last 50
     scale_loss   for float16 (see loss_scale.py)
     evaluate     called before the first and after every `evaluate_every` steps; its "loss" decides early stopping
-    also         (every so many steps, what then adds to the log: samples, cards); after the last step too
+    also         (every so many steps, what then adds to the log: samples, cards); after the last step too. STOP among
+                 what is added ends the run
     patience     stop after that many evaluations without a lower loss, and put the best weights back
     out          metrics.jsonl is written here, and checkpoints every `checkpoint_every` steps, where the held-out loss
                  is the lowest so far, and after the last. A checkpoint found here is gone on from. Ctrl-C finishes the
@@ -154,7 +156,11 @@ def fit(
         resumed_at, earlier, start = history.steps, history.seconds, time.monotonic()
         if history.steps == 0 and evaluate is not None:
             log.add({"step": 0, **look(0)})
-        while history.steps < steps and (patience is None or history.waited < patience):
+        while (
+            history.steps < steps
+            and (patience is None or history.waited < patience)
+            and not (history.rows and history.rows[-1].get(STOP))
+        ):
             began = time.monotonic()
             row = run.take(history.steps, history.rows)
             history.steps += 1

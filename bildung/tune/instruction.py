@@ -33,13 +33,14 @@ from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.loss import Objective
 from bildung.train.objectives import clm
 from bildung.train.seq2seq import seq2seq
-from bildung.train.training import COMPUTE, Batches, Training, check_continues_text, check_ranges, run
+from bildung.train.training import COMPUTE, Batches, check_continues_text, check_ranges, run
+from bildung.tune.forgetting import Budget, Forgetting, Rehearsing, check_budget
 
 T = TypeVar("T")
 
 
 @settings
-class Tuning(Training):
+class Tuning(Forgetting):
     """What every kind of instruction tuning can be told."""
 
     data: str  # conversations: a file, a folder, nursery:NAME, mini:NAME or hub:OWNER/NAME
@@ -76,6 +77,7 @@ def tune(
     check_ranges(given)
     if given.evaluate_every and not given.held_out:
         raise SettingsError(f"evaluate_every = {given.evaluate_every} needs held_out conversations to measure on.")
+    check_budget(given, given.card)
 
     def whole(job: Job) -> None:
         if given.card is not None and ranks.rank() == 0:
@@ -85,8 +87,14 @@ def tune(
             card.after(job, load(job.out), given.card)  # what is on the disk is what is measured
 
     return perform(
-        operation, source, out, given, whole, data=fingerprint(given.data), companions=base_of(source), force=force
+        operation, source, out, given, whole, data=sources_of(given), companions=base_of(source), force=force
     )
+
+
+def sources_of(given: Tuning) -> dict[str, str]:
+    """The hashes of everything that is read besides models."""
+    names = (given.data, given.forget_data, given.rehearse)
+    return {file: sha256 for name in names if name is not None for file, sha256 in fingerprint(name).items()}
 
 
 def base_of(source: Path) -> dict[str, Path]:
@@ -104,11 +112,7 @@ def train(
     change: what a method does otherwise with batches or objective. Returns the data, to be measured on again.
     """
     lm.model.compute_dtype = COMPUTE[given.precision]
-    if hasattr(lm.model, "given"):
-        data = prepare_pairs(lm, given)
-    else:
-        check_continues_text(lm)
-        data = prepare(lm.tokenizer, given)
+    data = read(lm, given)
     data = data if change is None else change(data)
     job.measured |= {
         "examples": data.examples,
@@ -116,8 +120,26 @@ def train(
         "targets_per_epoch": data.targets,
     }
     what = f"{data.examples} conversations, {data.tokens} tokens, {data.targets} of them trained"
-    run(job, lm.model, given, data.batch_at, data.objective, what=what, held_out=data.held_out, notes=data.notes)
+    told: dict[str, Any] = {"what": what, "held_out": data.held_out, "notes": data.notes}
+    if given.forget_budget is None:
+        run(job, lm.model, given, data.batch_at, data.objective, **told)
+        return data
+    budget = Budget(job, lm, given, given.card)
+    batch_at = data.batch_at
+    if given.rehearse is not None:
+        rehearsed = dataclasses.replace(given, data=given.rehearse, limit=None, held_out=0)
+        batch_at = Rehearsing(batch_at, read(lm, rehearsed).batch_at, budget.carried)
+    history = run(job, lm.model, given, batch_at, data.objective, also=budget.also, carried=budget.carried, **told)
+    budget.finish(history.rows)
     return data
+
+
+def read(lm: LanguageModel, given: Tuning) -> TrainingData:
+    """What this kind of model learns from: conversations, or answers to a source. Raises as `prepare`."""
+    if hasattr(lm.model, "given"):
+        return prepare_pairs(lm, given)
+    check_continues_text(lm)
+    return prepare(lm.tokenizer, given)
 
 
 def prepare(tokenizer: Tokenizer, given: Tuning) -> TrainingData:

@@ -1,0 +1,165 @@
+"""A budget for forgetting: it stops, keeps what was within it, raises rehearsal first, and survives a kill."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import bildung
+from bildung.core.errors import SettingsError
+from bildung.core.record import read_record
+from bildung.data.batches import clm_examples, pad
+from bildung.evaluate.card import CardSettings
+from bildung.train import fit as fit_module
+from bildung.train.objectives import clm
+from bildung.tune import lora
+from bildung.tune.forgetting import Rehearsing, lost_on_card
+
+GENERAL = "The capital of France is Paris. The capital of Germany is Berlin, in the middle of the country."
+
+
+@pytest.fixture
+def general(tmp_path):
+    """Prose that the tuning data is not about."""
+    path = tmp_path / "general.jsonl"
+    path.write_text("\n".join([json.dumps({"text": GENERAL})] * 3), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def source(tiny_lm, general, tmp_path):
+    """The tiny model after it has learned that prose: something to lose."""
+    pieces = clm_examples(tiny_lm.tokenizer, [GENERAL], 64)
+    batch = pad(pieces, tiny_lm.tokenizer.pad_id)
+    tiny_lm.model.requires_grad_(True)
+    fit_module.fit(tiny_lm.model, lambda n: batch, clm, torch.optim.AdamW(tiny_lm.model.parameters(), 1e-2), steps=25)
+    return bildung.save(tiny_lm, tmp_path / "source")
+
+
+@pytest.fixture
+def told(given, general):
+    """A run that forgets much, by a large learning rate, looked at every two steps."""
+    return {
+        **given,
+        "steps": 12,
+        "learning_rate": 3e-3,
+        "forget_data": general,
+        "forget_every": 2,
+        "schedule": "constant",
+    }
+
+
+def adapter(directory):
+    return [p for name, p in sorted(bildung.load(directory).model.state_dict().items()) if ".lora_" in name]
+
+
+def test_it_stops_and_keeps_the_weights_within_the_budget(source, told, tmp_path):
+    free = lora.lora(source, tmp_path / "free", lora.Settings(**told, forget_budget=1e9))
+    looks = free.measured["forgetting"]["looks"]
+    assert [step for step, _ in looks] == [2, 4, 6, 8, 10, 12] and free.measured["steps"] == 12
+    beyond = next(place for place, (_, lost) in enumerate(looks) if place and lost > looks[0][1] + 1e-3)
+    budget = max(lost for _, lost in looks[:beyond]) + 1e-6
+    record = lora.lora(source, tmp_path / "held", lora.Settings(**told, forget_budget=budget))
+    measured = record.measured["forgetting"]
+    assert measured["looks"] == looks[: beyond + 1] and record.measured["steps"] == looks[beyond][0]
+    assert measured["kept_step"] == looks[beyond - 1][0] and measured["budget"] == budget
+    assert any(f"stopped after step {looks[beyond][0]}" in note for note in record.notes)
+    short = {**told, "steps": measured["kept_step"]}
+    lora.lora(source, tmp_path / "short", lora.Settings(**short, forget_budget=1e9))
+    for kept, expected in zip(adapter(tmp_path / "held"), adapter(tmp_path / "short"), strict=True):
+        assert torch.equal(kept, expected)
+
+
+def test_a_budget_that_nothing_keeps_leaves_the_source(source, told, tmp_path, logits):
+    record = lora.lora(source, tmp_path / "out", lora.Settings(**told, forget_budget=0.0, warmup=0.0))
+    lost = record.measured["forgetting"]["looks"]
+    assert record.measured["forgetting"]["kept_step"] == 0 and len(lost) == 1 and lost[0][1] > 0
+    assert torch.equal(logits(bildung.load(tmp_path / "out")), logits(bildung.load(source)))
+
+
+def test_rehearsal_is_raised_before_the_end(source, told, data, tmp_path):
+    given = lora.Settings(**told, forget_budget=0.0, rehearse=data)
+    record = lora.lora(source, tmp_path / "out", given)
+    measured = record.measured["forgetting"]
+    assert [share for _, share in measured["rehearsal"]] == [0.1, 0.25, 0.5] and len(measured["looks"]) == 4
+    assert [start for start, _ in measured["rehearsal"]] == [4, 6, 8]
+
+
+def test_the_share_of_old_batches():
+    class Numbers:
+        batches_per_epoch = 5.0
+
+        def __init__(self, kind: str):
+            self.kind = kind
+
+        def __call__(self, n: int) -> tuple[str, int]:
+            return self.kind, n
+
+    raised = {"rehearsal": torch.zeros(0, 2)}
+    mixed = Rehearsing(Numbers("new"), Numbers("old"), raised)
+    assert [mixed(n) for n in range(4)] == [("new", n) for n in range(4)]
+    raised["rehearsal"] = torch.tensor([[4, 0.25], [12, 0.5]])
+    found = [mixed(n) for n in range(20)]
+    assert [n for n, (kind, _) in enumerate(found) if kind == "old"] == [7, 11, 13, 15, 17, 19]
+    for kind in ("new", "old"):  # each goes through its own without a gap
+        numbers = [number for one, number in found if one == kind]
+        assert numbers == list(range(len(numbers)))
+    assert [mixed(n) for n in (19, 3, 11)] == [found[n] for n in (19, 3, 11)] and mixed.batches_per_epoch == 5.0
+
+
+def test_a_killed_run_decides_as_the_one_that_was_not(source, told, data, tmp_path, monkeypatch):
+    given = lora.Settings(**told, forget_budget=0.0, rehearse=data, checkpoint_every=1, async_checkpoints=False)
+    whole = lora.lora(source, tmp_path / "whole", given)
+    log = fit_module.Log.add
+
+    def killed(self: Any, row: dict[str, Any]) -> None:
+        log(self, row)
+        if row["step"] == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fit_module.Log, "add", killed)
+        lora.lora(source, tmp_path / "out", given)
+    record = lora.lora(source, tmp_path / "out", given)
+    assert record.measured["forgetting"] == whole.measured["forgetting"]
+    assert all(torch.equal(a, b) for a, b in zip(adapter(tmp_path / "out"), adapter(tmp_path / "whole"), strict=True))
+
+
+def test_on_the_card(tiny_lm_directory, told, tmp_path):
+    del told["forget_data"]
+    measured = CardSettings(tasks=("sentiment_mini",), limit=6, sample_prompts=(), dtype="float32")
+    given = lora.Settings(**{**told, "steps": 2, "learning_rate": 1e-9}, forget_budget=0.5, card=measured)
+    lora.lora(tiny_lm_directory, tmp_path / "out", given)
+    record = read_record(tmp_path / "out")
+    assert record is not None and record.measured["forgetting"]["measured_on"] == "card"
+    assert record.measured["forgetting"]["looks"] == [[2, 0.0]]
+
+
+def test_what_is_lost_of_a_card():
+    """An accuracy that falls by a fifth and a perplexity that rises by a tenth: 15 % in the mean."""
+
+    def made(accuracy: float, perplexity: float) -> dict[str, Any]:
+        names = {"a": (accuracy, True), "b": (perplexity, False), "c": (0.0, True)}
+        return {"tasks": {name: {"value": value, "higher_is_better": up} for name, (value, up) in names.items()}}
+
+    assert lost_on_card(made(0.5, 20.0), made(0.4, 22.0)) == pytest.approx(0.15)
+    with pytest.raises(SettingsError, match="no task whose figure could fall"):
+        lost_on_card({"tasks": {}}, made(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"forget_data": "x"}, "forget_data does nothing without forget_budget"),
+        ({"rehearse": "x"}, "rehearse does nothing without forget_budget"),
+        ({"forget_budget": 0.1}, "needs something to measure"),
+        ({"forget_budget": -0.1, "forget_data": "x"}, "must be at least 0"),
+        ({"forget_budget": 0.1, "forget_data": "x", "forget_every": 0}, "the steps at least 1"),
+    ],
+)
+def test_what_is_refused(tiny_lm_directory, given, tmp_path, wrong, said):
+    with pytest.raises(SettingsError, match=said):
+        lora.lora(tiny_lm_directory, tmp_path / "out", lora.Settings(**given, **wrong))

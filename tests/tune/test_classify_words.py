@@ -80,7 +80,7 @@ def test_bad_input(source: Path, data: str, tmp_path: Path) -> None:
         (dict(words=("good", " good")), "all different"),
         (dict(template="no place"), "hold {text} once"),
         (dict(rank=0), "rank"),
-        (dict(max_length=8), "leave no room"),
+        (dict(max_length=3), "leave no room"),
     ):
         with pytest.raises(SettingsError, match=words):
             classify_words(source, tmp_path / "out", given(data, **more))

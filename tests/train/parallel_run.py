@@ -40,6 +40,8 @@ def micro_batch(number: int) -> Batch:
 def train(kind: Kind, out: Path | None = None, steps: int = STEPS, lora: bool = False) -> tuple[torch.nn.Module, dict]:
     model = build(from_dict(KEYS), seed=3)
     model.requires_grad_(not lora)
+    for block in model.model.layers:  # (one of the two is enough to see that sharing and recomputing go together)
+        block.recompute = "blocks" if lora else "none"
     if lora:
         for number, linear in enumerate(match_linears(model, "all").values()):
             generator = torch.Generator().manual_seed(number)

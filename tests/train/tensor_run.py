@@ -38,6 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt_neox": {**SIZES, "model_type": "gpt_neox", "rotary_pct": 0.7, "max_position_embeddings": 64},
     "int8": WIDE,
     "nf4": WIDE,
+    "recompute": {**GPT2, "attn_pdrop": 0.0},
     "dropout": {**GPT2, "attn_pdrop": 0.5},
 }
 WITH_DELTAS = ("llama", "gpt2", "int8", "nf4", "pissa")
@@ -50,6 +51,8 @@ def model_of(case: str) -> torch.nn.Module:
     model = build(from_dict(MODELS.get(name, LLAMA)), seed=3)
     if name in METHODS:
         replace_stores(model, "all", lambda linear: METHODS[name].quantize(linear.base.dense()))
+    for block in model.model.layers:
+        block.recompute = "blocks" if name == "recompute" else "none"
     if lora:
         model.requires_grad_(False)
         for number, linear in enumerate(match_linears(model, "all").values()):

@@ -143,7 +143,7 @@ def choices(config: Any) -> list[str]:
         f"{config.norm_placement}-norm {NORMS[config.norm]}",
         f"positions: {positions}",
         f"{'gated ' if config.gated else ''}{config.hidden_act}",
-        "causal" if config.causal else "bidirectional",
+        "bidirectional" if not config.causal else "causal after a prompt read whole" if config.prefix_lm else "causal",
         *(f"{count} of {config.num_hidden_layers} layers see {window} tokens" for window, count in windows.items()),
         *(["attention and feed-forward side by side"] if config.parallel_residual else []),
         *(["q and k normed"] if config.qk_norm else []),

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bildung.data.batches import Batch, pad, pad_packed
@@ -77,10 +78,14 @@ def pad_prefix(
 ) -> PrefixBatch:
     """Rows of examples as a batch. The prefix of an example is what comes before its first target."""
     batch = pad_packed(rows, pad_id, multiple) if packed else pad([row[0] for row in rows], pad_id, multiple)
-    prefix_BL = torch.zeros_like(batch.keep_BL)
-    for b, row in enumerate(rows):
-        at = 0
-        for example in row:
-            prefix_BL[b, at : at + example.loss_mask.index(True)] = True
-            at += len(example)
-    return PrefixBatch(batch, prefix_BL)
+    return PrefixBatch(batch, prefix_of(batch))
+
+
+def prefix_of(batch: Batch) -> Tensor:
+    """prefix_BL: of each example, packed or not, the tokens before its first target."""
+    targets_BL = batch.loss_mask_BL.long()
+    so_far_BL = targets_BL.cumsum(dim=1)
+    if batch.segments_BL is not None:  # how many targets there were before this example: a number that only grows
+        starts_BL = F.pad(batch.segments_BL[:, 1:] != batch.segments_BL[:, :-1], (1, 0), value=True)
+        so_far_BL = so_far_BL - ((so_far_BL - targets_BL) * starts_BL).cummax(dim=1).values
+    return (so_far_BL == 0) & batch.keep_BL

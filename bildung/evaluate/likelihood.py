@@ -6,7 +6,8 @@ much).
 
 The model is causal, so the logits after a prefix do not depend on what follows. Two examples of which one's input
 begins with the other's therefore share one row of the batch: " positive" and " negative" after the same review cost one
-forward pass, not two. Only places that predict a target are unembedded. log softmax is taken in float32.
+forward pass, not two. (A prefix language model reads what comes before the first target in both directions; examples
+share a row where that is the same.) Only places that predict a target are unembedded. log softmax is taken in float32.
 """
 
 # B rows, L tokens of a row, D hidden size, N places that predict a target, C of a chunk, M targets in it, V vocabulary
@@ -55,14 +56,17 @@ def score(model: Decoder, examples: Sequence[Example], *, batch_tokens: int = 20
     if empty := [index for index, example in enumerate(examples) if not example.num_targets]:
         raise DataError(f"examples {empty[:5]} have no target token: there is nothing to score")
     inputs = [input_of(example) for example in examples]
-    rows, row_of = share_prefixes(inputs)
+    given = [example.loss_mask.index(True) if model.prefix_lm else 0 for example in examples]
+    rows, row_of, given_of = share_rows(inputs, given)
     wanted: dict[int, list[int]] = {}  # row -> the examples that it serves
     for index, row in enumerate(row_of):
         wanted.setdefault(row, []).append(index)
     scores: dict[int, Score] = {}
     with evaluating(model):
         for batch in batches([len(row) for row in rows], batch_tokens):
-            h_BLD = model.hidden(_padded([rows[row] for row in batch], model.device))
+            tokens_BL = _padded([rows[row] for row in batch], model.device)
+            prefix_BL = _first([given_of[row] for row in batch], tokens_BL) if model.prefix_lm else None
+            h_BLD = model.hidden(tokens_BL, prefix_BL=prefix_BL)
             served = [(b, index) for b, row in enumerate(batch) for index in wanted[row]]
             scores.update(score_batch(model, h_BLD, served, examples))
     return [scores[index] for index in range(len(examples))]
@@ -124,6 +128,23 @@ def share_prefixes(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, .
     return rows, row_of
 
 
+def share_rows(
+    inputs: Sequence[tuple[int, ...]], given: Sequence[int]
+) -> tuple[list[tuple[int, ...]], list[int], list[int]]:
+    """As `share_prefixes`, among inputs of which equally many tokens are `given`, that is, read in both directions:
+    others see something else. Returns for every row how many, too."""
+    rows: list[tuple[int, ...]] = []
+    row_of, given_of = [0] * len(inputs), []
+    for number in sorted(set(given)):
+        alike = [index for index in range(len(inputs)) if given[index] == number]
+        found, at = share_prefixes([inputs[index] for index in alike])
+        for index, row in zip(alike, at, strict=True):
+            row_of[index] = len(rows) + row
+        rows += found
+        given_of += [number] * len(found)
+    return rows, row_of, given_of
+
+
 def batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Row numbers grouped so that rows times the longest fits `batch_tokens` (at least one row). Longest first: rows of
     a batch are of like length, and what does not fit the memory shows at once."""
@@ -142,6 +163,12 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     for b, row in enumerate(rows):
         tokens_BL[b, : len(row)] = torch.tensor(row)
     return tokens_BL.to(device)
+
+
+def _first(counts: Sequence[int], tokens_BL: Tensor) -> Tensor:
+    """True for so many tokens at the beginning of each row."""
+    places_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+    return places_L < torch.tensor(counts, device=tokens_BL.device)[:, None]
 
 
 @contextmanager

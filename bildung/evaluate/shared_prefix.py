@@ -50,8 +50,11 @@ def score_sharing(model: Decoder, examples: Sequence[Example], *, batch_tokens: 
 
 
 def _counts_positions(model: Decoder) -> bool:
-    """Whether distances are those of positions. Windows and biases count columns, and rows share those here."""
-    return isinstance(model, Decoder) and model.model.bias is None and set(model.config.windows) == {None}
+    """Whether distances are those of positions. Windows and biases count columns, and rows share those here. And
+    whether a beginning is read the same whatever follows it."""
+    if not isinstance(model, Decoder) or model.prefix_lm:
+        return False
+    return model.model.bias is None and set(model.config.windows) == {None}
 
 
 def common_beginning(examples: Sequence[Example]) -> int:

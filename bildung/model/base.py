@@ -89,6 +89,11 @@ class CausalLM(Model):
 
     lm_head: Linear  # the unembedding
 
+    @property
+    def prefix_lm(self) -> bool:
+        """Whether prompts are read in both directions (see prefix_lm.py)."""
+        return getattr(self.config, "prefix_lm", None) is not None
+
     def kv_cache(self, batch_size: int, max_length: int) -> Any:
         """An empty memory (of a recurrent model: a state) of `max_length` tokens, prompt and answer, for each row."""
         raise NotImplementedError

@@ -118,6 +118,7 @@ class ModelConfig(BaseConfig):
     relative_max_distance: int = 128
     # Attention
     causal: bool = True
+    prefix_lm: Literal["text", "source"] | None = None  # a prompt is seen in both directions: see prefix_lm.py
     cross: bool = False  # each block also attends to an encoder's states
     qkv_bias: bool = False
     o_bias: bool = False

@@ -9,6 +9,7 @@ Bytes = 2 (K and V) · layers · K heads · max_length · head_dim · element si
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bildung.core.errors import SettingsError
@@ -19,6 +20,7 @@ class KVCache:
     """Rotated keys and values of every layer, and which of the positions are real tokens.
 
     ahead: virtual tokens (see virtual.py), which lie before all others and do not count in `length`.
+    prefix_BS: columns (from the first that counts) which all see, however narrow their window (see prefix_lm.py).
     """
 
     cross: dict[int, tuple[Tensor, Tensor]]  # layer -> keys and values of an encoder's states
@@ -38,6 +40,7 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.keep_BS = torch.ones(batch_size, columns, dtype=torch.bool, device=device)
         self.all_kept = True
+        self.prefix_BS: Tensor | None = None
         self.cross = {}
         self.ahead = ahead
         self.max_length = max_length
@@ -48,13 +51,20 @@ class KVCache:
         """Bytes held."""
         return sum(t.nbytes for pair in ((*self.keys, *self.values), *self.cross.values()) for t in pair)
 
-    def reserve(self, length: int, keep_BL: Tensor | None) -> None:
-        """Make sure `length` more tokens fit, and note which of them are padding."""
+    def reserve(self, length: int, keep_BL: Tensor | None, prefix_BL: Tensor | None = None) -> None:
+        """Make sure `length` more tokens fit, and note which of them are padding and which are a prefix."""
         end = self.length + length
         if end > self.max_length:
             raise SettingsError(
                 f"the KV cache holds {self.max_length} tokens and {end} are needed; "
                 f"make it larger or the prompt and answer shorter."
+            )
+        if self.length == 0:
+            self.prefix_BS = None if prefix_BL is None else F.pad(prefix_BL, (0, self.max_length - length))
+        elif prefix_BL is not None:
+            raise SettingsError(
+                "a prefix was given after tokens in the KV cache; a prefix is read whole, before all else: give the "
+                "whole prompt with an empty cache."
             )
         if keep_BL is not None:
             self.keep_BS[:, self.ahead + self.length : self.ahead + end] = keep_BL
@@ -74,6 +84,8 @@ class KVCache:
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = tensor.index_select(0, rows_B)
         self.keep_BS = self.keep_BS.index_select(0, rows_B)
+        if self.prefix_BS is not None:
+            self.prefix_BS = self.prefix_BS.index_select(0, rows_B)
         self.cross = {
             layer: (k.index_select(0, rows_B), v.index_select(0, rows_B)) for layer, (k, v) in self.cross.items()
         }

@@ -3,6 +3,9 @@
     prose     every piece of a text is cut at a random place: what is before it is read, what is after it is learned
     pairs     the source is read, the target learned: what an encoder-decoder does, without a second stack
 
+`out` is of model_type `bildung` with `prefix_lm` in its config.json (see model/prefix_lm.py): `generate`, `chat`,
+`evaluate` and later tuning read their prompts as they were read here, and programs that would not refuse it.
+
 At the end the held-out loss stands beside that of the same model when it reads the beginning from left to right only:
 what it makes of seeing it whole.
 """
@@ -26,12 +29,14 @@ from bildung.data.rows import Rows
 from bildung.data.seq2seq import pairs
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
+from bildung.model.prefix_lm import PrefixKind, make_prefix_lm
 from bildung.model.store import LanguageModel, write_model
 from bildung.pretrain.birth import Birth, begin, set_aside
 from bildung.train.fit import mean_loss
 from bildung.train.prefix_lm import prefix_lm
 from bildung.train.training import check_ranges, run
 
+KINDS: dict[str, PrefixKind] = {"prose": "text", "pairs": "source"}
 HELD_AT_ONCE = 32  # rows of a batch on which the held-out loss is measured
 
 
@@ -46,13 +51,18 @@ class Settings(Birth):
 def prefix(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
     """Train a decoder whose beginnings are read in both directions; `out` becomes a model directory.
 
-    Raises SettingsError, DataError, ConfigError (see birth.begin) and TrainingError (see fit).
+    Raises SettingsError, DataError, ConfigError (see birth.begin and model/prefix_lm.py) and TrainingError (see fit).
     """
     source = Path(source)
     check_ranges(settings)
 
     def work(job: Job) -> None:
         lm = begin(source, settings, kinds=("decoder",))
+        family, wanted = lm.config.model_type, KINDS[settings.rows]
+        if lm.config.prefix_lm != wanted:
+            make_prefix_lm(lm.model, wanted)
+            lm = replace(lm, config=lm.model.config)
+            job.notes.append(f"a {family} before; written as model_type 'bildung' with prefix_lm = {wanted!r}")
         texts: Rows[Any] = (documents if settings.rows == "prose" else pairs)(settings.data, limit=settings.limit)
         kept, aside = set_aside(list(texts), settings.held_out, settings.seed)
         examples = _examples(lm, kept, settings)

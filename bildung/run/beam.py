@@ -35,7 +35,7 @@ from bildung.core.settings import settings
 from bildung.model.base import CausalLM
 from bildung.model.taps import observe, sites
 from bildung.run.decode import FORBIDDEN, Ids, LogitsRule, apply
-from bildung.run.loop import WORTH_PACKING, check, last_logits, pad_left, positions_of, working
+from bildung.run.loop import WORTH_PACKING, check, last_logits, pad_left, positions_of, prefix_of, working
 
 
 @settings
@@ -169,7 +169,8 @@ def beam_search(
     kv_cache = model.kv_cache(len(prompts), tokens_BL.shape[1] + new_tokens - 1)
     conditioned, source_R = model, list(range(len(prompts)))
     with working(model, pack=new_tokens >= WORTH_PACKING), _covering(model, beam) as coverage:
-        logits_RV = last_logits(model, tokens_BL, keep_BL, positions_of(keep_BL), kv_cache)
+        prefix_BL = prefix_of(model, tokens_BL, keep_BL)
+        logits_RV = last_logits(model, tokens_BL, keep_BL, positions_of(keep_BL), kv_cache, prefix_BL)
         for count in range(1, new_tokens + 1):
             ids = [[*prompts[b], *one.tokens] for b, search in enumerate(searches) for one in search.running]
             log_probs_RV = _log_probs(logits_RV, ids, rules, beam, () if count > beam.min_tokens else stop_ids)

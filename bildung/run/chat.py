@@ -134,8 +134,9 @@ class Conversation:
 
     def _cache_for(self, ids: list[int]) -> KVCache:
         """The old cache, rewound to what `ids` share with it; a larger or empty one where that does not do."""
-        shared = 0
-        while shared < min(len(self.cached), len(ids) - 1) and self.cached[shared] == ids[shared]:
+        # A prompt that is read in both directions is another one as soon as it is longer: nothing of it is kept.
+        shared, kept = 0, [] if self.lm.model.prefix_lm else self.cached
+        while shared < min(len(kept), len(ids) - 1) and kept[shared] == ids[shared]:
             shared += 1
         needed = len(ids) + self.new_tokens
         if self.cache is None or self.cache.max_length < needed:

@@ -150,7 +150,7 @@ def encode_prompt(lm: LanguageModel, prompt: Prompt, chat: bool = False) -> list
     model that answers sources, of a text with what stands around a source."""
     if not isinstance(prompt, str) and (not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not prompt):
         raise DataError(f"the prompt is {str(prompt)[:60]!r}; a text, or a list of at least one message, is expected.")
-    if answers_sources(lm.model):
+    if answers_sources(lm.model) or getattr(lm.config, "prefix_lm", None) == "source":
         if chat or not isinstance(prompt, str):
             raise SettingsError(
                 f"a {lm.config.model_type} reads a source and writes a target, and leads no conversation; give it a "

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bildung.core.errors import DataError, ModelFileError, SettingsError
@@ -98,6 +99,7 @@ def decode_steps(
     check(model, prompts, new_tokens)
     past = kv_cache.length if kv_cache is not None else 0
     tokens_BL, keep_BL = pad_left(prompts, model.device)
+    prefix_BL = prefix_of(model, tokens_BL, keep_BL)
     if past and (keep_BL is not None or past >= tokens_BL.shape[1]):
         raise SettingsError(
             f"a cache of {past} tokens needs prompts of one length that go on from it; "
@@ -108,7 +110,7 @@ def decode_steps(
     ids = [list(prompt) for prompt in prompts]
     running = [True] * len(prompts)
     with working(model, pack=new_tokens >= WORTH_PACKING):
-        logits_BV = last_logits(model, tokens_BL[:, past:], keep_BL, positions_of(keep_BL), kv_cache)
+        logits_BV = last_logits(model, tokens_BL[:, past:], keep_BL, positions_of(keep_BL), kv_cache, prefix_BL)
         for count in range(1, new_tokens + 1):
             logits_BV = apply(rules, logits_BV, ids)
             total_B = logits_BV.logsumexp(dim=-1)
@@ -130,7 +132,9 @@ def decode_steps(
                 tokens_BL = torch.cat((tokens_BL, tokens_B[:, None]), dim=1)
                 if keep_BL is not None:
                     keep_BL = torch.cat((keep_BL, keep_BL.new_ones(len(prompts), 1)), dim=1)
-                logits_BV = last_logits(model, tokens_BL, keep_BL, positions_of(keep_BL), None)
+                if prefix_BL is not None:
+                    prefix_BL = F.pad(prefix_BL, (0, 1))
+                logits_BV = last_logits(model, tokens_BL, keep_BL, positions_of(keep_BL), None, prefix_BL)
 
 
 @contextmanager
@@ -151,11 +155,23 @@ def working(model: CausalLM, pack: bool) -> Iterator[None]:
 
 
 def last_logits(
-    model: CausalLM, tokens_BL: Tensor, keep_BL: Tensor | None, positions_BL: Tensor | None, kv_cache: KVCache | None
+    model: CausalLM,
+    tokens_BL: Tensor,
+    keep_BL: Tensor | None,
+    positions_BL: Tensor | None,
+    kv_cache: KVCache | None,
+    prefix_BL: Tensor | None = None,
 ) -> Tensor:
     """Logits after the last token; the unembedding, a fifth of a small model's work, is done for that one only."""
-    h_BLD = model.hidden(tokens_BL, keep_BL=keep_BL, positions_BL=positions_BL, kv_cache=kv_cache)
+    h_BLD = model.hidden(tokens_BL, keep_BL=keep_BL, positions_BL=positions_BL, prefix_BL=prefix_BL, kv_cache=kv_cache)
     return model.unembed(h_BLD[:, -1])
+
+
+def prefix_of(model: CausalLM, tokens_BL: Tensor, keep_BL: Tensor | None) -> Tensor | None:
+    """The whole prompt, for a model that reads it in both directions; None for all others."""
+    if not model.prefix_lm:
+        return None
+    return torch.ones_like(tokens_BL, dtype=torch.bool) if keep_BL is None else keep_BL
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

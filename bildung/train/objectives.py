@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bildung.data.batches import Batch
+from bildung.data.prefix_lm import prefix_of
 from bildung.model.base import CausalLM
 from bildung.model.linear import Dense
 from bildung.train.loss import LossSum
@@ -83,7 +84,16 @@ def _targets(h_BLD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def hidden(model: CausalLM, batch: Batch) -> Tensor:
-    """The final-norm states of a batch, packed or padded, BLD."""
+    """The final-norm states of a batch, packed or padded, BLD. A prefix language model reads what comes before a first
+    target in both directions."""
+    if model.prefix_lm:
+        return model.hidden(
+            batch.tokens_BL,
+            positions_BL=batch.positions_BL,
+            keep_BL=batch.keep_BL,
+            segments_BL=batch.segments_BL,
+            prefix_BL=prefix_of(batch),
+        )
     if batch.segments_BL is not None:
         return model.hidden(
             batch.tokens_BL, positions_BL=batch.positions_BL, keep_BL=batch.keep_BL, segments_BL=batch.segments_BL

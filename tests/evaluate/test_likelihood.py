@@ -83,7 +83,7 @@ def test_what_begins_alike_is_read_once(tiny_lm):
     context, read = [5, 6, 7, 8], []
     choices = [make([*context, choice], 4) for choice in (10, 11, 12)] + [make([*context, 10, 11], 4, 5)]
     hidden = tiny_lm.model.hidden
-    tiny_lm.model.hidden = lambda tokens_BL: read.append(tuple(tokens_BL.shape)) or hidden(tokens_BL)
+    tiny_lm.model.hidden = lambda tokens_BL, **given: read.append(tuple(tokens_BL.shape)) or hidden(tokens_BL, **given)
     made = score(tiny_lm.model, choices)
     assert read == [(1, 5)]  # [5 6 7 8 10] serves all four
     tiny_lm.model.hidden = hidden

@@ -10,9 +10,10 @@
     positions     integer sinusoidal sinusoidal_halves learned rope alibi t5 none; see positions.py. With rope: `rope`
                   and `local_rope` {theta, kind, factor ...} (class Rope), `rotary_dim`
     norms         norm: rms layer batch; norm_eps (1e-5); norm_placement: pre post sandwich; embed_norm final_norm
-                  layer_scale; parallel_residual
+                  layer_scale; parallel_residual; norm_offset (0), added to the norms' weights
     feed-forward  hidden_act (layers.ACTIVATIONS), gated
-    attention     causal, windows (one per layer, null = all), qk_norm, attention_sinks, attention_scale and the caps
+    attention     causal, windows (one per layer, null = all), qk_norm, attention_sinks, attention_scale and the caps;
+                  prefix_lm: text source, a prompt seen in both directions (see model/prefix_lm.py)
     the rest      biases, dropouts, tie_word_embeddings, init, factors: as commented in model/config.py
 
 Only this library reads such a directory: others say that they do not know the model_type, and touch nothing.
@@ -33,7 +34,7 @@ from bildung.model.config_keys import ConfigKeys, per_head
 # Fields that belong to other kinds of model, or are written under Hugging Face's word.
 ELSEWHERE = set(
     "raw model_type bos_token_id eos_token_ids pad_token_id image encoder cross decoder_start_token_id logits_bias "
-    "position_offset norm_offset transform_act".split()
+    "position_offset transform_act".split()
 )
 CHOICES = [field.name for field in fields(ModelConfig) if field.name not in ELSEWHERE]
 # A choice that would do nothing without another one: (the choice, whether it would do nothing, why).
@@ -46,6 +47,7 @@ IDLE = (
     ("local_rope", lambda config: not any(config.windows), "no layer has a window"),
     ("relative_buckets", lambda config: config.positions != "t5", "they are T5's"),
     ("relative_max_distance", lambda config: config.positions != "t5", "it is T5's"),
+    ("prefix_lm", lambda config: config.kind == "encoder" or not config.causal, "all tokens see all others already"),
     ("heads", lambda config: config.kind == "decoder", "a decoder has its unembedding alone"),
     ("token_types", lambda config: config.kind == "decoder", "all tokens of a decoder are of one segment"),
     ("head_bias", lambda config: config.kind == "encoder", "the masked-language head always has one"),

@@ -16,7 +16,11 @@ from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.linear import replace_stores
 from bildung.model.quantized import Int8, Nf4
+from bildung.model.store import LanguageModel
 from bildung.tune.adapter import Settings, adapter, add_adapter
+from bildung.tune.prompt import Settings as PromptSettings
+from bildung.tune.prompt import prompt
+from tests.conftest import tiny_tokenizer
 from tests.model.test_linear import with_lora
 
 ROW = torch.tensor([[5, 60, 7, 101, 33, 250]])
@@ -25,7 +29,8 @@ BERT = {
     "model_type": "bert", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "intermediate_size": 64, "architectures": ["BertForMaskedLM"],
 }  # fmt: skip
-T5 = {"model_type": "t5", "vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2}
+T5 = {"model_type": "t5", "vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 2,
+      "initializer_factor": 0.2, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,6 +127,20 @@ def test_encoders_and_encoder_decoders_take_them(raw):
     assert len(made) == (4 if raw is BERT else 8)
     torch.testing.assert_close(model(*rows), before, atol=2e-2, rtol=1e-2)
     assert not torch.equal(model(*rows), before)
+
+
+def test_an_encoder_decoder_is_tuned_on_sources_and_targets(tmp_path):
+    lm = LanguageModel(build(from_dict(T5), seed=1).eval(), tiny_tokenizer(), from_dict(T5))
+    source = bildung.save(lm, tmp_path / "t5")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(json.dumps({"source": f"what is {i}", "target": "abc"[i % 3] * 3}) for i in range(8)))
+    settings = dict(data=str(data), steps=16, learning_rate=0.1, precision="fp32", max_length=32)
+    record = adapter(source, tmp_path / "out", Settings(**settings, kind="parallel", width=8))
+    assert record.measured["loss_last"] < record.measured["loss_first"] - 0.1
+    again = bildung.load(tmp_path / "out")
+    assert len(again.model.attached) == 4 and not torch.equal(again.model(ROW, ROW), lm.model(ROW, ROW))
+    with pytest.raises(AdapterError, match="t5 of kind 'encoder-decoder'"):
+        prompt(source, tmp_path / "prompt", PromptSettings(**settings, length=3))
 
 
 @pytest.mark.parametrize("store", [Int8, Nf4])

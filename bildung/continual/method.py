@@ -1,6 +1,7 @@
 """What a technique against forgetting may do, and when. Plain fine-tuning, this class, does none of it.
 
     prepare     before a task      bring in what earlier tasks left beside the model; say what trains
+    training    its settings       where a technique's parts need another learning rate than the model
     rows        its data           mix old rows into the new ones
     objective   its loss           add a penalty
     finish      after it           leave beside the model what later tasks need
@@ -68,6 +69,10 @@ class Method:
             if not isinstance(delta, LowRank) or delta.rank != self.rank:
                 raise SettingsError(f"{now.source} carries another adapter than one of rank {self.rank}; merge it.")
             delta.requires_grad_(True)
+
+    def training(self, now: Now) -> Training:
+        """How this task is trained."""
+        return now.given
 
     def rows(self, now: Now, lm: LanguageModel, task: Task) -> list[Row]:
         """What is trained on."""

@@ -23,6 +23,8 @@ With the column of a later task switched off, task 1's logits are bit for bit wh
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -32,11 +34,12 @@ from torch import Tensor, nn
 from bildung.continual.method import Method, Now
 from bildung.continual.tasks import LabelledTexts, Task
 from bildung.core.errors import SettingsError
-from bildung.core.settings import as_dict, settings
+from bildung.core.settings import settings
 from bildung.model.linear import Linear
 from bildung.model.store import LanguageModel
 from bildung.model.taps import Attachment, attach, detach
 from bildung.train.history import History
+from bildung.train.training import Training
 
 SITE = "norm"
 
@@ -47,10 +50,14 @@ class ProgressiveSettings:
 
     width: int = 96  # of a side column's vectors
     lateral: int = 48  # of what a block of it takes from the columns before
+    learning_rate: float = 2e-3  # of side columns, which start from nothing
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.lateral < 1:
-            raise ValueError(f"width = {self.width}, lateral = {self.lateral}; both must be at least 1")
+        if self.width < 1 or self.lateral < 1 or not 0 < self.learning_rate < math.inf:
+            raise ValueError(
+                f"width = {self.width}, lateral = {self.lateral}, learning_rate = {self.learning_rate}; "
+                f"the sizes must be at least 1, the rate above 0 and finite"
+            )
 
 
 class SideColumn(nn.Module):
@@ -142,6 +149,9 @@ class Progressive(Method):
             head.requires_grad_(True)
             self.before = {name: one.detach().clone() for name, one in head.named_parameters()}
 
+    def training(self, now: Now) -> Training:
+        return now.given if now.number == 1 else replace(now.given, learning_rate=self.given.learning_rate)
+
     def finish(self, now: Now, lm: LanguageModel, task: Task, history: History) -> None:
         """Weight decay may have moved the head's rows of other tasks: they are put back."""
         head = last_matrix(lm)
@@ -162,8 +172,8 @@ def add_column(lm: LanguageModel, given: ProgressiveSettings, seed: int) -> Colu
     """One more side column, which trains and speaks; those before stay as they are. Sizes are those of the first."""
     old = columns_of(lm)
     if old is None:
-        sizes = {"hidden_size": lm.config.hidden_size, "layers": lm.config.num_hidden_layers, **as_dict(given)}
-        made = Columns(**sizes, count=1, active=1)
+        layers = lm.config.num_hidden_layers
+        made = Columns(lm.config.hidden_size, layers, given.width, given.lateral, count=1, active=1)
     else:
         made = Columns(**old.sizes, count=len(old.columns) + 1, active=len(old.columns) + 1)
         made.columns[:-1].load_state_dict(old.columns.state_dict())

@@ -86,6 +86,7 @@ def _learn_task(
     items = kind.encode(lm.tokenizer, method.rows(now, lm, task))
     collate = partial(kind.collate, pad_id=lm.tokenizer.pad_id)
     batch_at = Shuffled(items, given.batch_size, given.seed, collate)
+    given = method.training(now)
     objective = method.objective(now, lm, kind.objective, batch_at)
     what = f"task {number} of {len(tasks)}, {task.name}: {len(items):,} examples"
     history = run(job, lm.model, given, batch_at, objective, what=what, notes=task.notes)

@@ -61,9 +61,9 @@ def test_linear_regression_has_its_closed_form() -> None:
     for strength in (0.3, 1.0, 5.0):
         model = Line(theta_A)
         held = Held(squares, [Spring({"theta": fisher_A}, {"theta": theta_A})], strength)
-        fit(model, lambda n: data_B, held, torch.optim.SGD(model.parameters(), 0.15), steps=120)
+        fit(model, lambda n: data_B, held, torch.optim.SGD(model.parameters(), 0.17), steps=60)
         expected = (fisher_B * theta_B + strength * fisher_A * theta_A) / (fisher_B + strength * fisher_A)
-        torch.testing.assert_close(model.theta.data, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model.theta.data, expected, atol=2e-3, rtol=1e-3)
 
 
 def test_the_penalty_is_0_at_the_anchor_and_no_part_of_a_measurement() -> None:
@@ -80,7 +80,7 @@ def test_the_penalty_is_0_at_the_anchor_and_no_part_of_a_measurement() -> None:
         assert torch.equal(held(model, data).total, squares(model, data).total)
 
 
-@pytest.mark.parametrize(("online", "springs"), [(True, 1), (False, 3)])
+@pytest.mark.parametrize(("online", "springs"), [(True, 1), pytest.param(False, 3, marks=pytest.mark.slow)])
 def test_a_sequence(
     encoder: Path, tasks: Any, given: Callable[..., Settings], tmp_path: Path, online: bool, springs: int
 ) -> None:
@@ -104,6 +104,7 @@ def test_a_sequence(
         assert bool((stored[f"1.fisher.{name}"] >= 0.5 * first[f"1.fisher.{name}"] - 1e-12).all())
 
 
+@pytest.mark.slow
 def test_it_holds_what_plain_training_lets_go(encoder: Path, given: Callable[..., Settings], tmp_path: Path) -> None:
     """A strong spring leaves the weights nearer to where they were."""
     moved = {}

@@ -169,8 +169,8 @@ def test_true_outcomes_are_drawn_from_the_model(classifier: LanguageModel, tiny_
     kind, items = text_batch(classifier)
     batch = kind.collate(items, 0)
     expected = diagonal_fisher(model, [batch], kind.outcomes("exact", 0))["classifier.out_proj.bias"]
-    drawn = diagonal_fisher(model, [batch] * 600, kind.outcomes("true", 0))["classifier.out_proj.bias"]
-    torch.testing.assert_close(drawn, expected, rtol=0.15, atol=0.002)
+    drawn = diagonal_fisher(model, [batch] * 150, kind.outcomes("true", 0))["classifier.out_proj.bias"]
+    torch.testing.assert_close(drawn, expected, rtol=0.25, atol=0.003)
     with pytest.raises(SettingsError, match="too many"):
         Conversations(16).outcomes("exact", 0)
 

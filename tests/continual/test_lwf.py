@@ -54,6 +54,7 @@ def test_the_old_answers_are_those_of_the_old_tasks_alone() -> None:
         )
 
 
+@pytest.mark.slow
 def test_it_answers_as_before(encoder: Path, tasks: Any, given: Callable[..., Settings], tmp_path: Path) -> None:
     """The old task's answers to the new task's texts stay nearer to the old model's."""
     kind = LabelledTexts(16, own_heads=True)

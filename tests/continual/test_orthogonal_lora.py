@@ -26,6 +26,7 @@ def overlap(out: Path) -> float:
     return float(sum((a @ b.t()).square().sum() / (a.norm() ** 2 * b.norm() ** 2) for a, b in pairs) / len(pairs))
 
 
+@pytest.mark.slow
 def test_directions_are_pushed_apart(encoder: Path, given: Callable[..., Settings], tmp_path: Path) -> None:
     found = {}
     for strength in (0.0, 100.0):

@@ -88,6 +88,7 @@ def test_a_sequence_rehearses_what_it_kept(
         read_memory(tmp_path)
 
 
+@pytest.mark.slow
 def test_old_rows_keep_the_old_task(encoder: Path, given: Callable[..., Settings], tmp_path: Path) -> None:
     """Between all classes, plain training forgets the first task whole; rehearsal does not."""
     rehearsal = {"share": 0.5, "memory": 60}

@@ -24,7 +24,7 @@ def test_plain_training_over_three_tasks(
     encoder: Path, tasks: Any, given: Callable[..., Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    record = train(encoder, out, given(tasks=tasks, steps=40))
+    record = train(encoder, out, given(tasks=tasks, steps=30))
     measured = record.measured
     assert measured["tasks"] == ["pets", "times", "colours"] and len(measured["scores"]) == 3
     assert all(row[name]["score"] > 0.9 for row, name in zip(measured["scores"], measured["tasks"], strict=True))
@@ -122,6 +122,7 @@ def test_a_killed_sequence_goes_on_in_the_task_it_was_in(
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
+@pytest.mark.slow
 def test_a_finished_sequence_is_up_to_date_and_may_be_gone_on_from(
     encoder: Path, tasks: Any, given: Callable[..., Settings], tmp_path: Path
 ) -> None:

@@ -23,9 +23,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,10 +40,9 @@ from bildung.data.pairs import preference_pairs
 from bildung.model import adapter_file
 from bildung.model.store import LanguageModel, load, write_model
 from bildung.model.transformer import Decoder
-from bildung.train.fit import LossSum, Objective, fit, mean_loss
+from bildung.train.fit import LossSum, Objective, mean_loss
 from bildung.train.history import History
-from bildung.train.optim import optimizer_from
-from bildung.train.training import COMPUTE, check_continues_text, fit_options
+from bildung.train.training import COMPUTE, check_continues_text, run, steps_of
 from bildung.tune import lora
 from bildung.tune.full import check_trainable
 from bildung.tune.instruction import tune
@@ -166,16 +163,8 @@ def train(job: Job, lm: LanguageModel, given: Settings, reference: Reference) ->
     """Train what requires gradients in `lm` and fill in the job's numbers. Goes on from a checkpoint in job.out."""
     pairs, held_out, notes = prepare(lm, given)
     batch_at = Shuffled(range(len(pairs)), given.batch_size, given.seed, pairs)
-    steps = given.steps or math.ceil((given.epochs or 1) * batch_at.batches_per_epoch / given.micro_steps)
+    steps = steps_of(given, batch_at.batches_per_epoch)
     rate = given.learning_rate or (5e-6 if given.full else 5e-5)
-    trainable = sum(parameter.numel() for parameter in lm.model.parameters() if parameter.requires_grad)
-    print(
-        f"{job.operation}: {len(pairs)} pairs, {num_targets(pairs.examples)} answer tokens; {trainable:,} trainable "
-        f"parameters; {steps} steps of {given.batch_size * given.micro_steps} pairs",
-        *notes,  # what was dropped or cut, and why
-        sep="\n  ",
-        file=sys.stderr,
-    )
     if given.precompute:
         # Hidden files of the place of work outlive a kill, if the inputs stay the same, and are not published.
         in_training = map(batch_at.indices, range(steps * given.micro_steps))
@@ -186,28 +175,26 @@ def train(job: Job, lm: LanguageModel, given: Settings, reference: Reference) ->
     objective = dpo_objective(reference, given.beta, given.label_smoothing)
     start = check_start(lm.model, objective, batch_at(0))
     aside = [held_out(numbers) for numbers in held_out.in_order(given.batch_size)]
-    history = fit(
+    # A reference that is a model of its own stays whole on every rank; one that is the policy without its delta is
+    # shared out with the policy.
+    history = run(
+        job,
         lm.model,
+        replace(given, learning_rate=rate, evaluate_every=given.evaluate_every or steps),
         batch_at,
         objective,
-        optimizer_from(lm.model, replace(given, learning_rate=rate), job.out),
-        evaluate=partial(mean_loss, objective=objective, batches=aside) if aside else None,
-        **{**fit_options(job, given, steps), "evaluate_every": given.evaluate_every or steps},
+        what=f"{len(pairs)} pairs, {num_targets(pairs.examples)} answer tokens",
+        unit="pairs",
+        held_out=aside,
+        notes=notes,
     )
-    job.tokens_seen, job.trained_tokens = history.tokens_seen, history.trained_tokens
-    job.notes += [*notes, *history.notes]
     job.measured |= {
         "loss_at_start": start,
         "reference": "computed once per pair" if given.precompute else "computed in every step",
-        "trainable_parameters": trainable,
         "learning_rate": rate,
         "pairs": len(pairs),
-        "epochs": history.steps * given.micro_steps / batch_at.batches_per_epoch,
-        **history.summary(),
         **first_and_last(history),
     }
-    if given.patience and history.waited >= given.patience:
-        job.notes.append(f"stopped after step {history.steps} of {steps}: the held-out loss fell no further")
 
 
 def prepare(lm: LanguageModel, given: Settings) -> tuple[Pairs, Pairs, list[str]]:

@@ -21,6 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from bildung.core import ranks
 from bildung.core.progress import progress
 from bildung.data.batches import Batch, Example, PairExample, pack, pad_packed
 from bildung.model.linear import deltas_off
@@ -104,24 +105,31 @@ class Pairs:
 
         A pair is scored in the company it first trains in: the sums are then taken in the policy's own order, and the
         loss starts at log 2 to the last bit, in bfloat16 too. file: also kept there as they come, and what an earlier
-        run left there is not computed again.
+        run left there is not computed again. Several ranks share the work, each with a file of its own.
         """
-        batches = list(batches)
-        if file is not None:
-            self.reference |= _read_scores(file)
-        missing = {number for numbers in batches for number in numbers} - self.reference.keys()
-        with progress("reference", len(missing)) as bar:
-            for numbers in batches:
-                new = missing.intersection(numbers) - self.reference.keys()
-                if new:
-                    answers = self(numbers).to(model.device)
-                    chosen, rejected = reference(model, answers).cpu().chunk(2)
-                    for place, number in enumerate(numbers):
-                        self.reference.setdefault(number, (float(chosen[place]), float(rejected[place])))
-                    if file is not None:
-                        with file.open("a", encoding="utf-8") as lines:
-                            lines.writelines(json.dumps([number, *self.reference[number]]) + "\n" for number in numbers)
-                    bar.advance(len(new), tokens=answers.num_tokens)
+        own = None if file is None else file.with_name(f"{file.name}-{ranks.rank()}" if ranks.rank() else file.name)
+        self._tell_each_other({} if own is None else _read_scores(own))
+        known, work = set(self.reference), []
+        for numbers in batches:
+            if new := set(numbers) - known:
+                work.append((numbers, new))
+                known |= new
+        mine, scores = work[ranks.rank() :: ranks.world_size()], dict[int, tuple[float, float]]()
+        with progress("reference", sum(len(new) for _, new in mine)) as bar:
+            for numbers, new in mine:
+                answers = self(numbers).to(model.device)
+                chosen, rejected = reference(model, answers).cpu().chunk(2)
+                found = {n: (float(chosen[at]), float(rejected[at])) for at, n in enumerate(numbers) if n in new}
+                scores |= found
+                if own is not None:
+                    with own.open("a", encoding="utf-8") as lines:
+                        lines.writelines(json.dumps([number, *both]) + "\n" for number, both in found.items())
+                bar.advance(len(new), tokens=answers.num_tokens)
+        self._tell_each_other(scores)
+
+    def _tell_each_other(self, scores: dict[int, tuple[float, float]]) -> None:
+        for told in ranks.gathered(scores):
+            self.reference |= told
 
 
 def _read_scores(file: Path) -> dict[int, tuple[float, float]]:

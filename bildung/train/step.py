@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from bildung.core.errors import TrainingError
+from bildung.core.traffic import sent_bytes
 from bildung.train.interrupt import CtrlC
 from bildung.train.loss_scale import loss_scale
 from bildung.train.optim import Schedule
@@ -60,6 +61,7 @@ class Stepper:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         scale = loss_scale(rows) if self.scale_loss else 1.0
+        sent = sent_bytes() if self.parallel.world > 1 else 0
         sums = self._gradients(step, scale)
         total, count = sums.pop("loss"), int(sums.pop("count"))
         tokens, targets = int(sums.pop("tokens")), int(sums.pop("targets"))
@@ -77,6 +79,8 @@ class Stepper:
         row |= self._judge(row, rows)
         if "skipped" not in row:
             self.optimizer.step()
+        if sent:
+            row["sent_bytes"] = sent_bytes() - sent
         return {**row, **{name: summed / count for name, summed in sums.items()}, "tokens": tokens, "targets": targets}
 
     def _gradients(self, step: int, scale: float) -> dict[str, float]:

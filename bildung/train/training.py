@@ -14,6 +14,7 @@ import torch
 from bildung.core import ranks
 from bildung.core.errors import DataError, SettingsError, TrainingError
 from bildung.core.operation import Job
+from bildung.core.progress import size
 from bildung.core.settings import as_dict, settings
 from bildung.data.bucketing import Bucketed
 from bildung.model.base import CausalLM
@@ -134,10 +135,10 @@ class Batches(Protocol):
     def __call__(self, n: int) -> Any: ...
 
 
-def _batch_size(given: Training, batch_at: Batches) -> str:
+def _batch_size(given: Training, batch_at: Batches, unit: str) -> str:
     if isinstance(batch_at, Bucketed):
         return f"at most {batch_at.tokens * given.micro_steps} tokens"
-    return f"{given.batch_size * given.micro_steps} rows"
+    return f"{given.batch_size * given.micro_steps} {unit}"
 
 
 def steps_of(given: Training, batches_per_epoch: float) -> int:
@@ -169,6 +170,11 @@ def fit_options(job: Job, given: Training, steps: int) -> dict[str, Any]:
     }
 
 
+def _say(*lines: str) -> None:
+    if ranks.rank() == 0:
+        print(*lines, sep="\n  ", file=sys.stderr)
+
+
 def run(
     job: Job,
     model: Any,
@@ -177,6 +183,7 @@ def run(
     objective: Objective,
     *,
     what: str,
+    unit: str = "rows",
     held_out: Sequence[Any] = (),
     notes: Sequence[str] = (),
     also: Sequence[Also] = (),
@@ -185,7 +192,7 @@ def run(
 ) -> History:
     """Train what requires gradients in `model` and fill in the job's numbers. Goes on from a checkpoint in job.out.
 
-    what: the data in words, e.g. "300 conversations, 20,000 tokens", said before training starts.
+    what: the data in words, e.g. "300 conversations, 20,000 tokens", said before training starts. unit: of a batch.
     carried: what the objective hands from step to step; see fit.
     rates: factors on the learning rates of single parameters (mup.factors).
     also: what is looked at every so many steps, such as samples or cards; not where the model is spread over ranks.
@@ -193,11 +200,10 @@ def run(
     one_pass = batch_at.batches_per_epoch / given.micro_steps
     steps = steps_of(given, batch_at.batches_per_epoch)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    print(
-        f"{job.operation}: {what}; {trainable:,} trainable parameters; {steps} steps of {_batch_size(given, batch_at)}",
+    batch = _batch_size(given, batch_at, unit)
+    _say(
+        f"{job.operation}: {what}; {trainable:,} trainable parameters; {steps} steps of {batch}",
         *notes,  # what was dropped or cut, and why
-        sep="\n  ",
-        file=sys.stderr,
     )
     if given.weights != "fp32":
         bfloat16_weights(model)
@@ -214,7 +220,7 @@ def run(
     if given.gradient_noise:
         add_gradient_noise(optimizer, given.gradient_noise, given.seed)
     if isinstance(optimizer, PagedAdamW):
-        print(f"  optimizer state is on {optimizer.where}", file=sys.stderr)
+        _say(f"  optimizer state is on {optimizer.where}")
 
     def evaluate(_: Any) -> dict[str, float]:
         return mean_loss(model, lambda _, batch: parallel.loss(batch), held_out)
@@ -232,9 +238,15 @@ def run(
             carried=carried,
             **fit_options(job, given, steps),
         )
+    held = held_bytes(model, optimizer)
+    job.measured["optimizer_bytes"] = held["optimizer"]
     if given.parallel != "none":
-        job.measured["held_bytes_per_rank"] = held_bytes(model, optimizer)
-    job.measured["optimizer_bytes"] = held_bytes(model, optimizer)["optimizer"]
+        job.measured["held_bytes_per_rank"] = held
+        shared = f"  a rank holds {', '.join(f'{size(count)} of {name}' for name, count in held.items())}"
+        if sent := [row["sent_bytes"] for row in history.rows if "sent_bytes" in row]:
+            job.measured["sent_bytes_per_step"] = round(sum(sent) / len(sent))
+            shared += f"; it sends {size(job.measured['sent_bytes_per_step'])} a step"
+        _say(shared)
     if isinstance(optimizer, PagedAdamW):
         job.measured["optimizer_resident_bytes"] = optimizer.peak_resident_bytes
     parallel.finish()

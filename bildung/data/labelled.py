@@ -13,7 +13,7 @@ from torch import Tensor
 from bildung.core.errors import DataError, nearest
 from bildung.data.rows import Row, Unusable
 from bildung.data.sources import rows
-from bildung.tokens.frames import Framed, encode_sentence, frame_of
+from bildung.tokens.frames import Frame, Framed, encode_sentence, frame_of
 from bildung.tokens.tokenizer import Tokenizer
 
 
@@ -100,9 +100,11 @@ def read_labelled(
     return Labelled([(a, b) for a, b, _ in read], [numbers[str(its)] for *_, its in read], names, notes)
 
 
-def encode_labelled(tokenizer: Tokenizer, data: Labelled, max_length: int) -> list[tuple[Framed, int]]:
-    """Each text in its frame, cut to `max_length` tokens, with its class."""
-    frame = frame_of(tokenizer)
+def encode_labelled(
+    tokenizer: Tokenizer, data: Labelled, max_length: int, frame: Frame | None = None
+) -> list[tuple[Framed, int]]:
+    """Each text in its frame (default: that of an encoder), cut to `max_length` tokens, with its class."""
+    frame = frame_of(tokenizer) if frame is None else frame
     framed = (encode_sentence(tokenizer, frame, first, second, max_length) for first, second in data.texts)
     return list(zip(framed, data.labels, strict=True))
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from bildung.model.base import Model
 from bildung.model.block import LayerScale
 from bildung.model.config import BaseConfig, ModelConfig
+from bildung.model.decoder_classifier import DecoderClassifier
 from bildung.model.encoder import Encoder
 from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.layers import BatchNorm, LayerNorm, RMSNorm
@@ -38,6 +39,7 @@ def make(config: BaseConfig) -> Any:
     """The model of that kind, its weights not set."""
     kinds: dict[str, type[Model]] = {
         "decoder": Decoder,
+        "classifier": DecoderClassifier,
         "encoder": Encoder,
         "encoder-decoder": EncoderDecoder,
         "vision": VisionTransformer,

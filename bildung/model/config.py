@@ -27,7 +27,7 @@ DROPOUTS = (
     "embed_dropout attention_dropout residual_dropout activation_dropout final_dropout classifier_dropout drop_path"
 ).split()
 
-Kind = Literal["decoder", "encoder", "encoder-decoder", "vision", "recurrent", "seq2seq"]
+Kind = Literal["decoder", "classifier", "encoder", "encoder-decoder", "vision", "recurrent", "seq2seq"]
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,9 @@ def from_dict(raw: dict[str, Any]) -> ModelConfig:
     keys.take("model_type")
     keys.take("quantization_config", None)  # read by model/store.py: how the numbers are stored, not what they are
     config: ModelConfig = family.config(keys)
+    if config.kind == "decoder" and keys.is_classifier():
+        # A head in place of the unembedding: the same keys, whatever the family (see decoder_classifier.py).
+        config = replace(config, kind="classifier", num_labels=keys.num_labels(), tie_word_embeddings=False)
     keys.finish()
     return replace(config, raw=raw)
 

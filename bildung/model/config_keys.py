@@ -112,6 +112,11 @@ class ConfigKeys:
             )
         return str(given[0])
 
+    def is_classifier(self) -> bool:
+        """Whether `architectures` names a class with a classification head."""
+        named = self.raw.get("architectures")
+        return isinstance(named, list) and any(str(one).endswith("ForSequenceClassification") for one in named)
+
     def num_labels(self) -> int:
         """How many classes a classification head tells apart: those that id2label names; transformers' default is 2."""
         names = self.raw.get("id2label")

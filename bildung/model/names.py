@@ -91,7 +91,15 @@ def is_reshaped(stored: Stored) -> bool:
 def architecture(config: BaseConfig) -> str:
     """What `architectures` in config.json says: which of transformers' classes loads the file."""
     name = family_of(config).ARCHITECTURE
-    return str(name(config) if callable(name) else name)
+    found = str(name(config) if callable(name) else name)
+    return classifier_architecture(found) if config.kind == "classifier" else found
+
+
+def classifier_architecture(decoder: str) -> str:
+    """The class of a family with a head (decoder_classifier.py): GPT2LMHeadModel -> GPT2ForSequenceClassification."""
+    if decoder == "Gemma3ForCausalLM":
+        return "Gemma3TextForSequenceClassification"
+    return decoder.removesuffix("ForCausalLM").removesuffix("LMHeadModel") + "ForSequenceClassification"
 
 
 def cut(tensor: Tensor, stored: Stored, is_weight: bool) -> Tensor:
@@ -152,7 +160,7 @@ def complete(tensors: dict[str, Tensor], config: Any) -> None:
     head (GPT2Model) and in the first ones of GPT-2."""
     prefix = getattr(family_of(config), "PREFIX", "")
     if prefix and not any(name.startswith(prefix) for name in tensors):
-        for name in [name for name in tensors if not name.startswith("lm_head.")]:
+        for name in [name for name in tensors if not name.startswith(("lm_head.", "score."))]:
             tensors[prefix + name] = tensors.pop(name)
 
 

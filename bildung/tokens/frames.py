@@ -68,6 +68,11 @@ def frame_of(tokenizer: Tokenizer) -> Frame:
     return Frame((tokenizer.id_of(cls),), ends, ends, 1)
 
 
+def decoder_frame(tokenizer: Tokenizer) -> Frame:
+    """What stands around a text for a decoder: BOS where the model uses one, a line break between two texts."""
+    return Frame(tuple(tokenizer.encode("")), tuple(tokenizer.encode("\n", bos=False)), (), 0)
+
+
 def encode_sentence(tokenizer: Tokenizer, frame: Frame, first: str, second: str | None, max_length: int) -> Framed:
     """One text, or two, framed and cut to `max_length` tokens in all: one text at its end; of two, the longer one token
     by token, so that a short one keeps all it says. Raises TokenizerError when the frame leaves no room."""

@@ -27,12 +27,16 @@ from bildung.train.loss import LossSum
 class Classify:
     """The objective of a classifier: call it with (model, batch); the batch has `labels_B`, numbers of classes.
 
+    class_weights: N / (C · N_c) makes every class count the same, however rare; the mean over the training data is then
+    1, and the loss stays a sum over examples.
+
     label_smoothing ε: the target is 1 - ε + ε/C on the label and ε/C on the other classes (Szegedy et al. 2016, arXiv
     1512.00567, section 7): no logit is driven to infinity. The metric `nll` is the plain -log p(label).
     """
 
     logits: Callable[[Any, Any], Tensor]  # (model, batch) -> BC
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None  # factor of each class's loss, in training only
 
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
@@ -44,7 +48,10 @@ class Classify:
         C = logits_BC.shape[-1]
         if len(wrong := labels_B[(labels_B < 0) | (labels_B >= C)]):
             raise DataError(f"the label {int(wrong[0])} is none of the model's {C} classes, 0 to {C - 1}.")
-        total = F.cross_entropy(logits_BC, labels_B, reduction="sum", label_smoothing=self.label_smoothing)
+        weights_C = None
+        if self.class_weights is not None and model.training:
+            weights_C = logits_BC.new_tensor(self.class_weights)
+        total = F.cross_entropy(logits_BC, labels_B, weights_C, reduction="sum", label_smoothing=self.label_smoothing)
         detached = logits_BC.detach()
         right = (detached.argmax(-1) == labels_B).sum()
         nll = F.cross_entropy(detached, labels_B, reduction="sum")

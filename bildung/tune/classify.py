@@ -1,26 +1,28 @@
-"""A text classifier: a head on an encoder's [CLS], trained together with it (Devlin et al. 2019, section 4.1).
+"""A text classifier: a head on an encoder's [CLS] or on a decoder's last token, trained together with the model.
 
-    [CLS] a fine film [SEP] -> encoder -> state of [CLS] -> pooler -> one logit per class
+    [CLS] a fine film [SEP] -> encoder -> state of [CLS] -> pooler -> one logit per class       Devlin et al. 2019, 4.1
+    a fine film             -> decoder -> state of the last token  -> one logit per class       Radford et al. 2018, 3.2
 
     bildung tune classify lives/bert/base OUT --data nursery:imdb --test nursery:imdb/test
 
-Any encoder will do: what it has of the head's parts is kept (BERT's pooler), the rest starts at random. The accuracy on
-texts that were not trained on stands beside that of always naming the most frequent class.
+What a model has of the head's parts is kept (BERT's pooler), the rest starts at random. The accuracy on texts that were
+not trained on stands beside that of always naming the most frequent class, with how well the probabilities are
+calibrated (evaluate/classification.py). `tune classify_words` lets a decoder write its answer instead.
 
-The head always trains. method says what else does: all of the encoder, or a LoRA, (IA)³ or BitFit on its layers, which
+The head always trains. method says what else does: all of the model, or a LoRA, (IA)³ or BitFit on its layers, which
 are merged into the result: it is an ordinary directory whatever the method.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError, SettingsError
@@ -30,13 +32,15 @@ from bildung.core.settings import settings as settings_class
 from bildung.data.batches import Shuffled
 from bildung.data.labelled import Labelled, TextBatch, encode_labelled, pad_texts, read_labelled, text_batches
 from bildung.data.sources import fingerprint
+from bildung.evaluate.classification import classification_figures, confusion_table
 from bildung.model.build import build
 from bildung.model.config import from_dict
-from bildung.model.names import family_of
+from bildung.model.decoder_classifier import DecoderClassifier
+from bildung.model.names import architecture, family_of
 from bildung.model.store import LanguageModel, load, write_model
 from bildung.pretrain.birth import set_aside
+from bildung.tokens.frames import decoder_frame
 from bildung.train.classify import Classify
-from bildung.train.fit import mean_loss
 from bildung.train.optim import ScheduleName
 from bildung.train.training import COMPUTE, Training, check_ranges, check_trainable, run
 from bildung.tune import bitfit, ia3, lora
@@ -58,6 +62,7 @@ class Settings(Training):
     label: str = "label"  # column of the class, a number or a name
     max_length: int = 128  # tokens of a text, special ones included; longer ones are cut
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
+    balance: bool = False  # rare classes weigh more, so that all count the same
     method: Literal["full", "lora", "ia3", "bitfit"] = "full"  # what trains beside the head
     lora: Lora = Lora()  # method lora: the low-rank deltas
     ia3: Ia3 = Ia3()  # method ia3: what is rescaled
@@ -82,23 +87,27 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
 
     def work(job: Job) -> None:
         lm = load(source, "float32")
-        if lm.config.kind != "encoder":
-            raise DataError(f"{source} is a {lm.config.model_type} of kind {lm.config.kind!r}; an encoder is needed.")
+        if lm.config.kind not in ("encoder", "decoder", "classifier"):
+            raise DataError(
+                f"{source} is a {lm.config.model_type} of kind {lm.config.kind!r}; an encoder or a decoder is needed."
+            )
         check_trainable(lm, source)
         dtype = load(source).model.weight_dtype
         data = read(settings, settings.data, None)
         train, aside = split(data, settings)
         final = aside if settings.test is None else read(settings, settings.test, data.classes)
         lm = with_classifier(job, lm, data.classes, settings.seed)
+        frame = decoder_frame(lm.tokenizer) if lm.config.kind == "classifier" else None
         longest, pad_id = min(settings.max_length, lm.config.max_position_embeddings), lm.tokenizer.pad_id
         encoded = {
-            name: encode_labelled(lm.tokenizer, part, longest)
+            name: encode_labelled(lm.tokenizer, part, longest, frame)
             for name, part in (("train", train), ("aside", aside), ("final", final))
             if part is not None
         }
         choose_trained(lm.model, settings)
         lm.model.compute_dtype = COMPUTE[settings.precision]
-        objective = Classify(text_logits, settings.label_smoothing)
+        weights = balanced(train) if settings.balance else None
+        objective = Classify(text_logits, settings.label_smoothing, weights)
         cut = sum(len(framed.tokens) == longest for framed, _ in encoded["train"])
         run(
             job,
@@ -111,9 +120,9 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
             notes=data.notes,
         )
         if final is not None:
-            found = mean_loss(lm.model, Classify(text_logits), text_batches(encoded["final"], 64, pad_id))
-            job.measured |= figures(found, train, final)
-            print(shown(job))
+            logp_NC = class_logprobs(lm.model, text_batches(encoded["final"], 64, pad_id))
+            job.measured |= figures(logp_NC, train, final)
+            print(shown(job), confusion_table(job.measured, train.classes), sep="\n")
         lm.model.compute_dtype = None
         if settings.method == "full":
             lm.model.to(dtype)
@@ -146,16 +155,31 @@ def choose_trained(model: Any, settings: Settings) -> None:
         ia3.add_ia3(model, settings.ia3)
     else:
         bitfit.add_bitfit(model, bitfit.Options())
-    for head in (model.classifier, model.pooler):
-        if head is not None:
-            head.requires_grad_(True)
+    for head in ("score", "classifier", "pooler"):
+        if getattr(model, head, None) is not None:
+            getattr(model, head).requires_grad_(True)
 
 
 def text_logits(model: Any, batch: TextBatch) -> Tensor:
-    """An encoder's logits BC of a batch of texts."""
+    """The logits BC of a batch of texts."""
     h_BLD = model.hidden(batch.tokens_BL, keep_BL=batch.keep_BL, types_BL=batch.types_BL)
+    if isinstance(model, DecoderClassifier):
+        return model.classify(h_BLD, batch.keep_BL)
     logits_BC: Tensor = model.classify(h_BLD)
     return logits_BC
+
+
+@torch.no_grad()
+def class_logprobs(model: Any, batches: Iterable[TextBatch]) -> Tensor:
+    """log p(class) of every text, NC, float32."""
+    model.eval()
+    return torch.cat([text_logits(model, batch.to(model.device)).float().log_softmax(-1).cpu() for batch in batches])
+
+
+def balanced(train: Labelled) -> tuple[float, ...]:
+    """N / (C · N_c) for each class: all count the same."""
+    counts = Counter(train.labels)
+    return tuple(len(train) / (len(counts) * counts[c]) if counts[c] else 0.0 for c in range(len(train.classes)))
 
 
 def read(settings: Settings, source: str, classes: Sequence[str] | None) -> Labelled:
@@ -173,19 +197,20 @@ def split(data: Labelled, settings: Settings) -> tuple[Labelled, Labelled | None
 
 
 def with_classifier(job: Job, lm: LanguageModel, classes: Sequence[str], seed: int) -> LanguageModel:
-    """The encoder with a head for these classes; a head for the same classes is kept. Other heads are left out."""
+    """The model with a head for these classes; a head for the same classes is kept. Other heads are left out."""
     known = lm.config.raw.get("id2label") or {}
     names = {str(number): name for number, name in enumerate(classes)}
-    if lm.model.classifier is not None and known == names:
+    if known == names and any(getattr(lm.model, head, None) is not None for head in ("classifier", "score")):
         return lm
-    files = family_of(lm.config).FILES
-    headed = next(name for name, heads in files.classes.items() if any(head.startswith("classify") for head in heads))
+    headed = _class_with_head(lm.config)
     numbers = {name: number for number, name in enumerate(classes)}
     raw = {key: value for key, value in lm.config.raw.items() if key != "num_labels"}
+    if lm.config.kind != "encoder" and lm.tokenizer.pad_id is not None:
+        raw.setdefault("pad_token_id", lm.tokenizer.pad_id)  # transformers finds the last token by it
     config = from_dict({**raw, "architectures": [headed], "id2label": names, "label2id": numbers})
     model = build(config, seed)
     old, new = lm.model.state_dict(), model.state_dict()
-    kept = {name: old[name] for name in new if name in old and not name.startswith("classifier.")}
+    kept = {name: old[name] for name in new if name in old and not name.startswith(("classifier.", "score."))}
     model.load_state_dict(kept, strict=False)
     fresh = sorted({name.partition(".")[0] for name in new if name not in kept})
     gone = sorted({name.partition(".")[0] for name in old if name not in new})
@@ -193,17 +218,23 @@ def with_classifier(job: Job, lm: LanguageModel, classes: Sequence[str], seed: i
     return replace(lm, model=model, config=config)
 
 
-def figures(found: dict[str, float], train: Labelled, final: Labelled) -> dict[str, Any]:
-    """Accuracy with its standard error, beside that of the class that is most frequent in training."""
+def _class_with_head(config: Any) -> str:
+    """transformers' class of this family with a classification head."""
+    family = family_of(config)
+    if config.kind != "encoder":
+        return architecture(replace(config, kind="classifier"))
+    classes: dict[str, tuple[str, ...]] = family.FILES.classes
+    return next(name for name, heads in classes.items() if any(head.startswith("classify") for head in heads))
+
+
+def figures(logp_NC: Tensor, train: Labelled, final: Labelled) -> dict[str, Any]:
+    """Those of evaluate/classification.py, beside the accuracy of always naming training's most frequent class."""
     most = Counter(train.labels).most_common(1)[0][0]
-    accuracy, n = found["accuracy"], len(final)
     return {
-        "accuracy": accuracy,
-        "accuracy_stderr": math.sqrt(accuracy * (1 - accuracy) / n),
+        **classification_figures(logp_NC, final.labels, train.classes),
         "majority_class": train.classes[most],
-        "majority_accuracy": final.labels.count(most) / n,
-        "nll": found["nll"],
-        "test_texts": n,
+        "majority_accuracy": final.labels.count(most) / len(final),
+        "test_texts": len(final),
         "classes": list(train.classes),
     }
 
@@ -213,5 +244,5 @@ def shown(job: Job) -> str:
     m = job.measured
     return (
         f"of {m['test_texts']:,} texts: accuracy {m['accuracy']:.3f} ± {m['accuracy_stderr']:.3f} "
-        f"(always {m['majority_class']!r}: {m['majority_accuracy']:.3f})"
+        f"(always {m['majority_class']!r}: {m['majority_accuracy']:.3f}), calibration error {m['ece']:.3f}"
     )

@@ -36,6 +36,7 @@ from bildung.model.store import LanguageModel, load, write_model
 from bildung.pretrain.birth import set_aside
 from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.objectives import clm
+from bildung.train.precision import FROZEN
 from bildung.train.training import COMPUTE, Training, check_continues_text, check_ranges, check_trainable, run
 from bildung.tune import lora
 from bildung.tune.instruction import base_of
@@ -72,7 +73,7 @@ def classify_words(source: Path, out: Path, settings: Settings, *, force: bool =
     check_words(settings)
 
     def work(job: Job) -> None:
-        lm = load(source, "bfloat16" if settings.method == "lora" and settings.precision == "bf16" else "float32")
+        lm = load(source, FROZEN[settings.precision] if settings.method == "lora" else "float32")
         check_continues_text(lm)
         data = read_labelled(settings.data, text=settings.text, label=settings.label, limit=settings.limit)
         if len(data.classes) != len(settings.words):

@@ -14,7 +14,8 @@ import transformers
 import bildung
 from bildung.core.errors import DataError, SettingsError
 from bildung.core.settings import resolve
-from bildung.tune.classify import Settings, classify
+from bildung.tune.classify import Settings, balanced, classify, read
+from tests.contract.test_families import made
 from tests.model.tiny_encoder import tiny_encoder
 
 FAMILIES = {
@@ -87,9 +88,33 @@ def test_a_test_set_of_its_own(rows: str, tmp_path: Path) -> None:
         classify(source, tmp_path / "no", given(rows, test=str(other)))
 
 
-def test_what_is_refused(rows: str, tmp_path: Path, tiny_lm_directory: Path) -> None:
-    with pytest.raises(DataError, match="an encoder is needed"):
-        classify(tiny_lm_directory, tmp_path / "out", given(rows))
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_decoder_learns_from_its_last_token(method: str, rows: str, tmp_path: Path, tiny_lm_directory: Path) -> None:
+    record = classify(tiny_lm_directory, tmp_path / "out", given(rows, method=method, learning_rate=1e-2, balance=True))
+    measured = record.measured
+    assert measured["accuracy"] > 0.85 > measured["majority_accuracy"]
+    assert sum(map(sum, measured["confusion"])) == 30 and 0 <= measured["ece"] < 0.5 and len(measured["per_class"]) == 2
+    assert any("started at random: score; left out: lm_head" in note for note in record.notes)
+    lm = bildung.load(tmp_path / "out")
+    assert lm.config.kind == "classifier" and not any(linear.deltas for linear in lm.model.linears().values())
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.tensor([[0, 40, 41, 42, 43]])
+    with torch.no_grad():
+        assert torch.allclose(peer(tokens).logits, lm.model(tokens), atol=1e-4)
+    again = classify(tmp_path / "out", tmp_path / "again", given(rows, steps=1, learning_rate=1e-12))
+    assert again.measured["accuracy"] == pytest.approx(measured["accuracy"], abs=0.05)
+    assert not any("at random" in note for note in again.notes)
+
+
+def test_a_rare_class_counts_as_much(rows: str) -> None:
+    data = read(given(rows), rows, None)
+    cat, dog = balanced(data)
+    assert cat * data.labels.count(0) == pytest.approx(dog * data.labels.count(1)) == pytest.approx(len(data) / 2)
+
+
+def test_what_is_refused(rows: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="an encoder or a decoder is needed"):
+        classify(bildung.save(made("t5"), tmp_path / "t5"), tmp_path / "out", given(rows))
     source = bildung.save(tiny_encoder("BertModel"), tmp_path / "source")
     with pytest.raises(SettingsError, match="needs texts to measure on"):
         classify(source, tmp_path / "out", given(rows, held_out=0, evaluate_every=5))

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bildung.app.memory import Memory
+from bildung.core import ranks
 from bildung.core.errors import RecipeError, SettingsError, nearest
 from bildung.core.operation import OccupiedError
 from bildung.core.progress import duration, size
@@ -50,7 +51,7 @@ def command(settings: Command) -> None:
 
 def live(recipe: Recipe, forced: frozenset[str] = frozenset()) -> dict[str, Record]:
     """Brings every step up to date, in order; returns the records. A step that fails or is killed costs only itself."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=ranks.rank() > 0)
     memory, code = Memory(recipe.out), code_hash()
     planned = plan(recipe, forced, memory, code)
     console.print(_table(recipe, planned))
@@ -72,7 +73,8 @@ def live(recipe: Recipe, forced: frozenset[str] = frozenset()) -> dict[str, Reco
                 f" {step.name} goes on from {staging_of(step.out)}." if was_interrupted(staging_of(step.out)) else ""
             )
             raise KeyboardInterrupt(f"Finished: {kept}.{partial}") from None
-        memory.note(step, record, code)
+        if ranks.rank() == 0:
+            memory.note(step, record, code)
         took = f"{duration(record.seconds)}, peak memory {size(record.peak_bytes)}"
         console.print(f"{step.name}: " + ("found up to date" if record == before else f"done in {took}"), markup=False)
         gc.collect()  # the next step's peak should not carry this one's garbage

@@ -153,6 +153,14 @@ class TokenRows(Sequence[list[Example]]):
             found.append((tokens, starts))
         return found
 
+    def counts(self, vocab_size: int) -> NDArray[np.int64]:
+        """How often each token is a target: everywhere but at the beginning of a document."""
+        total = np.zeros(vocab_size, np.int64)
+        for tokens, starts in self._maps:
+            total += np.bincount(tokens, minlength=vocab_size)
+            total -= np.bincount(tokens[starts[:-1]], minlength=vocab_size)
+        return total
+
     def verify(self) -> None:
         """Read everything and compare with the hashes. Raises DataError naming the damaged part."""
         for number, (part, (tokens, _)) in enumerate(zip(self.done["parts"], self._maps, strict=True)):

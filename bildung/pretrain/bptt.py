@@ -17,7 +17,7 @@ from bildung.core.errors import SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.data.batches import Example, clm_examples, pad
+from bildung.data.batches import clm_examples, pad
 from bildung.data.sources import fingerprint
 from bildung.data.streams import Streams
 from bildung.data.token_files import DONE, TokenRows
@@ -72,10 +72,10 @@ def bptt(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
         )
         if texts:
             final = mean_loss(lm.model, objective, held_batches)["loss"]
-            train = [Example(tokens.tolist(), [False] + [True] * (len(tokens) - 1))]
+            counts_V = np.bincount(tokens[1:], minlength=lm.config.vocab_size)
             # A piece's first token is given, not predicted: its bytes do not count.
             bytes_ = sum(len(lm.tokenizer.decode(one.tokens[1:], skip_special=True).encode()) for one in held)
-            job.measured |= held_out_figures(final, train, held, bytes_, lm.config.vocab_size, settings.baseline_order)
+            job.measured |= held_out_figures(final, counts_V, held, bytes_, [tokens.tolist()], settings.baseline_order)
             print(shown(job.measured))
         job.measured["tokens_per_epoch"] = len(tokens)
         lm.model.compute_dtype = None

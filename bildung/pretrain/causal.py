@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from bildung.core import ranks
 from bildung.core.errors import SettingsError
@@ -93,9 +95,11 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
         )
         if texts:
             final = mean_loss(lm.model, clm, held_batches)["loss"]
-            train = [piece for one in rows for row in one for piece in row]
+            order, vocab_size = settings.baseline_order, lm.config.vocab_size
+            train = [piece.tokens for one in rows for row in one for piece in row] if order else []
+            counts_V = np.sum([one.counts(vocab_size) for one in rows], axis=0)
             bytes_ = sum(len(lm.tokenizer.decode(_targets(piece), skip_special=True).encode()) for piece in held)
-            job.measured |= held_out_figures(final, train, held, bytes_, lm.config.vocab_size, settings.baseline_order)
+            job.measured |= held_out_figures(final, counts_V, held, bytes_, train, order)
             print(shown(job.measured))
         job.measured["tokens_per_epoch"] = sum(one.tokens for one in rows)
         if settings.card is not None:
@@ -194,24 +198,27 @@ def _collate(rows: Sequence[Sequence[Example]], pad_id: int | None) -> Batch:
 
 def held_out_figures(
     loss_nats: float,
-    train: Sequence[Example],
+    counts_V: NDArray[np.int64],
     held: Sequence[Example],
     bytes_: int,
-    vocab_size: int,
+    train: Sequence[Sequence[int]],
     baseline_order: int,
 ) -> dict[str, float]:
-    """The held-out loss per token and in bits per byte, and those of the two counting models."""
+    """The held-out loss per token and in bits per byte, and those of the two counting models.
+
+    counts_V: how often each token is a target of the training text. train: its documents, for n-grams of the order.
+    """
     tokens = num_targets(held)
     bits = tokens / math.log(2) / bytes_
     found = {
         "held_out_nats_per_token": loss_nats,
         "held_out_bits_per_byte": loss_nats * bits,
-        "unigram_bits_per_byte": unigram_nats(train, held, vocab_size) * bits,
+        "unigram_bits_per_byte": unigram_nats(counts_V, held) * bits,
         "held_out_tokens": tokens,
         "held_out_bytes": bytes_,
     }
     if baseline_order:
-        counting = KneserNey([piece.tokens for piece in train], order=baseline_order, vocab_size=vocab_size)
+        counting = KneserNey(train, order=baseline_order, vocab_size=len(counts_V))
         nats = sum(float(counting.nats([piece.tokens])[1:].sum()) for piece in held)
         found["kneser_ney_bits_per_byte"] = nats / math.log(2) / bytes_
     return found
@@ -227,12 +234,10 @@ def shown(measured: Mapping[str, Any]) -> str:
     return f"held out: {bits:.3f} bits per byte ({said}), {bytes_:,} bytes"
 
 
-def unigram_nats(train: Sequence[Example], held: Sequence[Example], vocab_size: int) -> float:
+def unigram_nats(counts_V: NDArray[np.int64], held: Sequence[Example]) -> float:
     """Mean -log p of the held-out tokens when p is each token's share of the training tokens, add-one smoothed."""
-    counts = Counter(token for example in train for token in _targets(example))
-    total = sum(counts.values()) + vocab_size
-    losses = [-math.log((counts[token] + 1) / total) for example in held for token in _targets(example)]
-    return sum(losses) / len(losses)
+    nats_V = np.log(counts_V.sum() + len(counts_V)) - np.log(counts_V + 1)
+    return float(nats_V[[token for example in held for token in _targets(example)]].mean())
 
 
 def _targets(example: Example) -> list[int]:

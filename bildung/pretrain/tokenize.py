@@ -14,6 +14,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from bildung.core import ranks
 from bildung.core.errors import DataError, SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
@@ -43,8 +44,11 @@ def tokenize(source: Path, out: Path, settings: Settings, *, force: bool = False
 
     def work(job: Job) -> None:
         tokenizer = Tokenizer.load(source)
-        tokenizer.save(job.out)
-        done = encode(job.out, tokenizer, settings.data, settings.limit, settings.held_out, settings.seed)
+        done = None
+        if ranks.rank() == 0:  # the others wait for it
+            tokenizer.save(job.out)
+            done = encode(job.out, tokenizer, settings.data, settings.limit, settings.held_out, settings.seed)
+        done = ranks.told(done)
         job.measured |= {
             "documents": sum(part["documents"] for part in done["parts"]),
             "tokens": sum(part["tokens"] for part in done["parts"]),

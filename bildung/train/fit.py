@@ -134,8 +134,12 @@ def fit(
             history.waited += 1
         return found
 
+    kept = -1  # the step that was kept last: the same one twice would meet itself on other ranks
+
     def keep() -> None:
-        if saved is not None and checkpoint_every:
+        nonlocal kept
+        if saved is not None and checkpoint_every and kept != history.steps:
+            kept = history.steps
             log.to_disk()
             saved.save(history.steps, history.counters(), best)
 

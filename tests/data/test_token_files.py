@@ -37,6 +37,8 @@ def test_every_token_but_a_documents_first_is_a_target_once(tokenizer, tmp_path:
     assert targets == expected[: len(targets)] and 0 <= rows.left_out < 15
     assert all(sum(map(len, row)) == 16 for row in rows)
     assert rows.tokens == sum(map(len, stream(tokenizer)))
+    counts = rows.counts(tokenizer.vocab_size)
+    assert [counts[token] for token in range(tokenizer.vocab_size)] == [expected.count(t) for t in range(len(counts))]
 
 
 def test_a_killed_run_goes_on(tokenizer, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

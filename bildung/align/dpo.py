@@ -42,7 +42,7 @@ from bildung.model.store import LanguageModel, load, write_model
 from bildung.model.transformer import Decoder
 from bildung.train.fit import LossSum, Objective, mean_loss
 from bildung.train.history import History
-from bildung.train.training import COMPUTE, check_continues_text, run, steps_of
+from bildung.train.training import COMPUTE, FROZEN, check_continues_text, run, steps_of
 from bildung.tune import lora
 from bildung.tune.full import check_trainable
 from bildung.tune.instruction import tune
@@ -139,7 +139,7 @@ def dpo(source: Path, out: Path, settings: Settings, *, force: bool = False) -> 
         )
 
     def work(job: Job) -> None:
-        lm = load(source, "float32" if settings.full or settings.precision == "fp32" else "bfloat16")
+        lm = load(source, "float32" if settings.full else FROZEN[settings.precision])
         check_continues_text(lm)
         lm.model.compute_dtype = COMPUTE[settings.precision]
         if settings.full:

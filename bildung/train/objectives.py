@@ -220,7 +220,7 @@ class _Surprisal(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, weight_N: Tensor) -> tuple[Tensor | None, ...]:
         slope_ND, targets_N, *rest = ctx.saved_tensors
-        grad_h_ND = slope_ND * weight_N[:, None].to(slope_ND.dtype)
+        grad_h_ND = (slope_ND * weight_N[:, None]).to(slope_ND.dtype)  # a float16 holds no loss scale of 65536
         if not ctx.head:
             return grad_h_ND, None, None, None
         grads: list[Tensor | None] = [None] * len(ctx.head)
@@ -260,5 +260,5 @@ class _SurprisalSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
-        slope_ND, *grads = (slope.mul_(weight.to(slope.dtype)) for slope in ctx.saved_tensors)
+        slope_ND, *grads = (slope.mul_(weight) for slope in ctx.saved_tensors)
         return slope_ND, None, None, None, *grads

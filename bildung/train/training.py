@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -18,20 +18,24 @@ from bildung.core.progress import size
 from bildung.core.settings import as_dict, settings
 from bildung.data.bucketing import Bucketed
 from bildung.model.base import CausalLM
+from bildung.model.fp8 import leave_fp8, use_fp8
 from bildung.model.linear import Dense
+from bildung.model.recompute import Recompute, set_recompute
 from bildung.model.store import LanguageModel
 from bildung.train import mup
+from bildung.train.compiled import compile_layers, leave_compiled
 from bildung.train.fit import Also, History, Objective, fit, mean_loss
 from bildung.train.optim import OptimizerName, ScheduleName, Weights, bfloat16_weights, optimizer_from, schedule
 from bildung.train.overfitting import overfitting
 from bildung.train.paged import PagedAdamW
 from bildung.train.parallel import Kind, Parallel
+from bildung.train.precision import COMPUTE, FROZEN, Precision, check_precision
 from bildung.train.regularise import add_gradient_noise, add_l1, neftune
 from bildung.train.shards import held_bytes
 from bildung.train.utilisation import full_speed
 from bildung.train.watch import watches
 
-COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+__all__ = ["COMPUTE", "FROZEN", "Training", "run"]
 
 
 @settings
@@ -55,7 +59,9 @@ class Training:
     gradient_noise: float = 0.0  # variance of the noise on the first gradient; falls as 1 / (1 + step)^0.55
     neftune: float = 0.0  # size of the noise on token vectors in training (published: 5, 10, 15)
     clip: float | None = 1.0  # largest norm of the gradient
-    precision: Literal["bf16", "fp32"] = "bf16"  # of activations
+    precision: Precision = "bf16"  # of activations and products (train/precision.py)
+    recompute: Recompute = "none"  # what is computed again in the backward pass instead of kept (model/recompute.py)
+    compile: bool = False  # torch.compile the layers (needs a C++ compiler); the first step takes longer
     seed: int = 0  # decides the first values, the order of the data, and dropout
     evaluate_every: int = 0  # steps between measurements of the held-out loss
     patience: int | None = None  # stop after so many measurements without a lower loss, and keep the best weights
@@ -96,6 +102,7 @@ def check_ranges(given: Training) -> None:
             value = getattr(given, name, None)
             if value is not None and not fits(value):
                 raise SettingsError(f"{name} = {value} was given; it must be {allowed}.")
+    check_precision(given.precision, given.weights)
     if given.steps is not None and given.epochs is not None:
         raise SettingsError(f"steps = {given.steps} and epochs = {given.epochs} were given; give one of them.")
 
@@ -156,6 +163,7 @@ def fit_options(job: Job, given: Training, steps: int) -> dict[str, Any]:
         "schedule": schedule(given.schedule, steps, round(given.warmup * steps), given.decay),
         "clip": given.clip,
         "spike": given.spike,
+        "scale_loss": given.precision == "fp16",
         "seed": given.seed,
         "evaluate_every": given.evaluate_every,
         "patience": given.patience,
@@ -168,6 +176,22 @@ def fit_options(job: Job, given: Training, steps: int) -> dict[str, Any]:
         "rank_timeout": given.rank_timeout,
         "title": job.operation,
     }
+
+
+def tell(model: Any, given: Training) -> None:
+    """How the layers are to compute while they train; `untell` takes it back. Before the model is spread over ranks."""
+    set_recompute(model, given.recompute)
+    if given.precision == "fp8":
+        use_fp8(model)
+    if given.compile:
+        compile_layers(model)
+
+
+def untell(model: Any) -> None:
+    """The model as it was before `tell`."""
+    set_recompute(model, "none")
+    leave_compiled(model)
+    leave_fp8(model)
 
 
 def _say(*lines: str) -> None:
@@ -207,6 +231,7 @@ def run(
     )
     if given.weights != "fp32":
         bfloat16_weights(model)
+    tell(model, given)
     speed = full_speed(model, getattr(given, "max_length", None), ranks.world_size())
     parallel = Parallel(given.parallel, model, objective, offload=given.offload, tensor_ranks=given.tensor_ranks)
 
@@ -250,6 +275,7 @@ def run(
     if isinstance(optimizer, PagedAdamW):
         job.measured["optimizer_resident_bytes"] = optimizer.peak_resident_bytes
     parallel.finish()
+    untell(model)
     job.tokens_seen, job.trained_tokens = history.tokens_seen, history.trained_tokens
     job.notes += [*notes, *history.notes]
     job.measured |= {"trainable_parameters": trainable, "epochs": history.steps / one_pass, **history.summary()}

@@ -31,6 +31,7 @@ from bildung.model.base import Model
 from bildung.model.bottleneck import Bottleneck
 from bildung.model.store import load, write_attached
 from bildung.model.taps import attach, match_sites
+from bildung.train.precision import FROZEN
 from bildung.tune.instruction import Tuning, train, tune
 
 Kind = Literal["houlsby", "pfeiffer", "parallel"]
@@ -62,7 +63,7 @@ def adapter(source: Path, out: Path, settings: Settings, *, force: bool = False)
     check(settings)
 
     def work(job: Job) -> None:
-        lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
+        lm = load(source, FROZEN[settings.precision])
         adapter_attached.check_place(lm.model, lm.base)
         add_adapter(lm.model, settings)
         train(job, lm, settings)

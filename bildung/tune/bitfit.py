@@ -20,6 +20,7 @@ from bildung.core.settings import settings as settings_class
 from bildung.model import adapter_file
 from bildung.model.adapter_bitfit import biases
 from bildung.model.store import load, write_model
+from bildung.train.precision import FROZEN
 from bildung.tune.instruction import Tuning, train, tune
 from bildung.tune.lora import check_kind
 
@@ -43,7 +44,7 @@ def bitfit(source: Path, out: Path, settings: Settings, *, force: bool = False) 
     """
 
     def work(job: Job) -> None:
-        lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
+        lm = load(source, FROZEN[settings.precision])
         check_kind(lm)
         adapter_file.check_place(lm.model, lm.base)
         add_bitfit(lm.model, settings)

@@ -38,6 +38,7 @@ from bildung.model.nested import Nested, use_rank
 from bildung.model.store import load, write_model
 from bildung.train.fit import mean_loss
 from bildung.train.loss import LossSum, Objective
+from bildung.train.precision import FROZEN
 from bildung.train.scheduled_sampling import Numbered, NumberedBatches
 from bildung.tune import lora
 from bildung.tune.instruction import TrainingData, Tuning, train, tune
@@ -75,7 +76,7 @@ def dylora(source: Path, out: Path, settings: Settings, *, force: bool = False) 
         raise SettingsError("held_out = 0 leaves nothing to measure the loss of every rank on; give at least 1.")
 
     def work(job: Job) -> None:
-        lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
+        lm = load(source, FROZEN[settings.precision])
         if lm.added:
             raise AdapterError(f"{source} is an adapter; what is cut later must stand alone. `bildung merge` it first.")
         lora.check_kind(lm)

@@ -19,6 +19,7 @@ from bildung.model import adapter_file
 from bildung.model.ia3 import Rescale, Side
 from bildung.model.linear import Linear, match_linears
 from bildung.model.store import load, write_model
+from bildung.train.precision import FROZEN
 from bildung.tune.instruction import Tuning, train, tune
 from bildung.tune.lora import check_kind
 
@@ -45,7 +46,7 @@ def ia3(source: Path, out: Path, settings: Settings, *, force: bool = False) -> 
     """
 
     def work(job: Job) -> None:
-        lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
+        lm = load(source, FROZEN[settings.precision])
         check_kind(lm)
         add_ia3(lm.model, settings)
         adapter_file.check_place(lm.model, lm.base)

@@ -34,6 +34,7 @@ from bildung.model.dora import DoRA
 from bildung.model.linear import Linear, match_linears
 from bildung.model.low_rank import LowRank, principal
 from bildung.model.store import LanguageModel, load, write_model
+from bildung.train.precision import FROZEN
 from bildung.train.training import check_continues_text
 from bildung.tune.instruction import Tuning, train, tune
 
@@ -71,7 +72,7 @@ def lora(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
 
     def work(job: Job) -> None:
         # The frozen matrices are only ever multiplied in the precision of the activations: cast once, not every step.
-        lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
+        lm = load(source, FROZEN[settings.precision])
         check_kind(lm)
         add_lora(lm.model, settings)
         adapter_file.check_place(lm.model, lm.base)  # now, and not when hours of training are to be saved

@@ -36,6 +36,7 @@ from bildung.model import adapter_file
 from bildung.model.config import ModelConfig
 from bildung.model.store import LanguageModel, load, write_model
 from bildung.model.virtual import Prefix, add_virtual, check_decoder, flatten, prefix_size, read_vectors, virtual_of
+from bildung.train.precision import FROZEN
 from bildung.tune.instruction import Tuning, train, tune
 from bildung.tune.prompt import LENGTH, TEXT, written
 
@@ -88,7 +89,7 @@ def prefix(source: Path, out: Path, settings: Settings, *, force: bool = False) 
     """
 
     def work(job: Job) -> None:
-        lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
+        lm = load(source, FROZEN[settings.precision])
         add_prefix(lm, settings)
         adapter_file.check_place(lm.model, lm.base)  # now, and not when hours of training are to be saved
         train(job, lm, settings)

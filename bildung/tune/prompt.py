@@ -33,6 +33,7 @@ from bildung.core.settings import settings as settings_class
 from bildung.model import adapter_file
 from bildung.model.store import LanguageModel, load, write_model
 from bildung.model.virtual import Prompt, add_virtual, check_decoder, virtual_of
+from bildung.train.precision import FROZEN
 from bildung.tune.instruction import Tuning, train, tune
 
 TEXT = "Read the conversation below and answer the last question correctly, clearly and to the point."
@@ -56,7 +57,7 @@ def prompt(source: Path, out: Path, settings: Settings, *, force: bool = False) 
     """
 
     def work(job: Job) -> None:
-        lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
+        lm = load(source, FROZEN[settings.precision])
         add_prompt(lm, settings)
         adapter_file.check_place(lm.model, lm.base)  # now, and not when hours of training are to be saved
         train(job, lm, settings)

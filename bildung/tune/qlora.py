@@ -24,6 +24,7 @@ from bildung.model import adapter_file
 from bildung.model.quantized import Nf4
 from bildung.model.store import load, write_model
 from bildung.train.optim import OptimizerName, ScheduleName
+from bildung.train.precision import FROZEN
 from bildung.tune import lora
 from bildung.tune.instruction import train, tune
 
@@ -52,7 +53,7 @@ def qlora(source: Path, out: Path, settings: Settings, *, force: bool = False) -
     lora.check_ratio(settings.learning_rate_ratio)
 
     def work(job: Job) -> None:
-        lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
+        lm = load(source, FROZEN[settings.precision])
         lora.check_kind(lm)
         stores = [linear.base for linear in lm.model.linears().values()]
         if not any(isinstance(store, Nf4) for store in stores):

@@ -27,6 +27,7 @@ from bildung.model.intrinsic import Intrinsic, seed_of
 from bildung.model.linear import Linear, match_linears
 from bildung.model.store import load, write_model
 from bildung.model.transformer import Decoder
+from bildung.train.precision import FROZEN
 from bildung.tune.instruction import Tuning, train, tune
 
 DELTA = "intrinsic"
@@ -49,7 +50,7 @@ def said(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
     """
 
     def work(job: Job) -> None:
-        lm = load(source, "bfloat16" if settings.precision == "bf16" else "float32")
+        lm = load(source, FROZEN[settings.precision])
         adapter_file.check_place(lm.model, lm.base)
         add_intrinsic(lm.model, settings)
         train(job, lm, settings)

@@ -76,7 +76,7 @@ def test_what_counts_as_a_spike_survives_a_resume(make_model, batch_at, tmp_path
 
 def test_the_loss_scale_is_that_of_gradscaler():
     """Step by step against torch.amp.GradScaler, on a sequence of overflows and 2000 steps without."""
-    scaler = torch.amp.GradScaler("cpu", growth_interval=GROW_AFTER)
+    scaler = torch.amp.GradScaler("cpu", init_scale=START, growth_interval=GROW_AFTER)
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], 0.1)
     rows = []

@@ -97,6 +97,21 @@ def test_a_padded_row_answers_as_alone(kind: str) -> None:
         assert together[0].log_probs == pytest.approx(alone[0].log_probs, abs=1e-4)
 
 
+def test_a_prefix_read_in_both_directions_sees_the_virtual_tokens() -> None:
+    """Cached and whole agree, and differ from reading left to right and from reading without virtual tokens."""
+    model = tiny_decoder()
+    with_prompt(model)
+    prefix_BL = (torch.arange(L) < 4).expand(2, -1)
+    whole = model(tokens(), prefix_BL=prefix_BL)
+    cache = model.kv_cache(2, L)
+    first = model(tokens()[:, :4], prefix_BL=prefix_BL[:, :4], kv_cache=cache)
+    cached = torch.cat((first, model(tokens()[:, 4:], kv_cache=cache)), dim=1)
+    torch.testing.assert_close(cached, whole, atol=1e-5, rtol=1e-5)
+    assert (model(tokens()) - whole).abs().max() > 0.05
+    remove_virtual(model)
+    assert (model(tokens(), prefix_BL=prefix_BL) - whole).abs().max() > 0.05
+
+
 def test_where_distance_is_counted_in_columns_padding_and_packing_are_refused() -> None:
     model = tiny_decoder(model_type="mistral", sliding_window=6)
     ids_M = with_prompt(model)

@@ -279,12 +279,13 @@ def _check(model: nn.Module, size: int) -> None:
         raise SettingsError(
             f"{shown} do not all divide among {size} ranks. {'Possible: ' + ', '.join(fits) if fits else 'Use zero3'}."
         )
-    by_head = {
+    uncut = {
         "sinks": config.attention_sinks,
         "a bias on the scores": model.model.bias is not None,
         "virtual tokens": getattr(model.model, "virtual", None) is not None,
         "attached modules": len(model.attached) > 0,
         "shifted attention": any(getattr(one, "shifted_share", None) for one in model.modules()),
+        "compiled layers": any(one._compiled_call_impl is not None for one in model.modules()),
     }
-    if found := [what for what, there in by_head.items() if there]:
-        raise TrainingError(f"this model has {', '.join(found)}, which goes by heads and is not cut here; use zero3.")
+    if found := [what for what, there in uncut.items() if there]:
+        raise TrainingError(f"this model has {', '.join(found)}, which tensor parallelism does not cut; use zero3.")

@@ -21,7 +21,9 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
+
+import tyro
 
 from bildung.core import ranks
 from bildung.core.errors import SettingsError
@@ -46,14 +48,20 @@ GPT2 = {
 }
 
 
+def says(text: str) -> Any:
+    """What the command line says about a setting."""
+    return tyro.conf.arg(help=text)
+
+
 @settings
 class Sized(Birth):
     """A birth whose size is one number."""
 
     size: int | None = None  # layers of a new model; what is not given follows from it (pretrain/size.py)
-    learning_rate: float | None = None  # type: ignore[assignment]  # at the top of the schedule; default: 1e-3, or by size
-    batch_size: int | None = None  # type: ignore[assignment]  # rows per micro-step; default: 16, or by size
-    micro_steps: int | None = None  # type: ignore[assignment]  # micro-steps of a step; default: 1, or by size
+    # (The comment at a line's end is for mypy here, so what the command line says stands in the type.)
+    learning_rate: Annotated[float | None, says("at the top of the schedule; default: 1e-3, or by size")] = None  # type: ignore[assignment]
+    batch_size: Annotated[int | None, says("rows per micro-step; default: 16, or by size")] = None  # type: ignore[assignment]
+    micro_steps: Annotated[int | None, says("micro-steps of a step; default: 1, or by size")] = None  # type: ignore[assignment]
     mup_width: int | None = None  # hidden_size of the smaller model that learning_rate is right for (muP: train/mup.py)
     mup_head_dim: int | None = None  # and its head_dim, where the heads of this model are wider and not more
 

@@ -31,7 +31,7 @@ check: .venv/.installed-test
 bench: .venv/.installed-test life
 	$(BIN)/python -m benchmarks.taps
 	$(BIN)/python benchmarks/decode.py lives/smollm2/base
-	$(BIN)/python benchmarks/train_lora.py lives/smollm2/base
+	$(BIN)/python benchmarks/train.py lives/smollm2/base
 	$(BIN)/python benchmarks/dpo.py lives/smollm2/base
 
 # torch is installed first and alone: a range would bring several GB of CUDA packages to a machine without a GPU.

@@ -1,0 +1,294 @@
+"""Training speed and peak memory against transformers, peft and trl: one model, the same data and settings, one run.
+
+    python benchmarks/train.py MODEL_DIRECTORY [--tasks full lora instructions] [--rounds 2] [--steps 3]
+
+full           every parameter             4 rows of 512 tokens of real text, no padding, every token a target
+lora           rank 16, alpha 32, on all   the same
+               seven kinds of matrices
+instructions   the same LoRA               answers of instruction data are the targets; rows of at most 512 tokens, 4 a
+                                           step; packed, and one conversation a row. Only real tokens are counted
+
+All: bfloat16 activations, AdamW (fused, learning rate 1e-4, no decay), gradients clipped at 1, no dropout, no
+checkpointing of activations, all cores. The peers' ways:
+
+    transformers          Trainer, float32 weights under bfloat16 autocast, its way; ours has float32 masters too
+    peft                  Trainer, the base in float32 under autocast
+    peft, bf16 base       Trainer, the base in bfloat16, its leanest
+    trl                   SFTTrainer as it comes (float32 under autocast, padded), packing=False
+    trl, packed           SFTTrainer with packing=True (best-fit, padding-free)
+
+Each measurement is a process of its own, and the contenders take turns (A B C A B C), so that a slow minute of the
+machine hits all of them. The first step of each process warms up and is not counted. MFU: 2 operations per multiply-add
+of the forward pass, as many again for the gradients of the inputs and of the weights that train, divided by the speed
+of one large bfloat16 matrix product, measured in the same run (the fastest of all rounds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.common import Figures, ratio, take_turns
+
+ROWS, LENGTH, RANK, ALPHA, RATE = 4, 512, 16, 32, 1e-4
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONTENDERS = {
+    "full": ("full: bildung", "full: transformers"),
+    "lora": ("lora: bildung", "lora: peft", "lora: peft, bf16 base"),
+    "instructions": (
+        "instructions: bildung, packed",
+        "instructions: bildung",
+        "instructions: trl, packed",
+        "instructions: trl",
+    ),
+}
+CEILING = "ceiling"
+STEPS_UNPACKED = 3  # times as many steps where a step has a third of the tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--tasks", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS))
+    parser.add_argument("--data", default="nursery:alpaca", help="conversations for `instructions`")
+    parser.add_argument("--text", default="nursery:moby-dick", help="prose for `full` and `lora`")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--material", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        print(json.dumps(measure(given)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        material = Path(folder) / "material.json"
+        material.write_text(json.dumps(prepare(given)))
+        arguments = [given.model, "--steps", str(given.steps), "--threads", str(given.threads)]
+        contenders = [name for task in given.tasks for name in CONTENDERS[task]]
+        rounds = take_turns(__file__, [CEILING, *contenders], given.rounds, [*arguments, "--material", str(material)])
+    report(rounds, given.tasks)
+
+
+def report(rounds: list[dict[str, Figures]], tasks: list[str]) -> None:
+    """Ratios per round, and how much of the ceiling each contender reaches."""
+    ceiling = max(made[CEILING]["flops"] for made in rounds)
+    print(f"\nceiling: {ceiling / 1e9:.0f} GFLOP/s (bfloat16 matrix product, fastest of {len(rounds)} rounds)")
+    for task in tasks:
+        for name in CONTENDERS[task]:
+            speed = statistics.median(made[name]["tokens_per_second"] for made in rounds)
+            flops = rounds[0][f"{task}: bildung"]["flops_per_token"]
+            peak = statistics.median(made[name]["peak_mb"] for made in rounds)
+            print(f"{name:32} {speed:7.0f} tokens/s  MFU {speed * flops / ceiling:4.0%}  peak {peak:6.0f} MB")
+    print()
+    for task in tasks:
+        ours = [name for name in CONTENDERS[task] if "bildung" in name]
+        for name in ours:
+            for peer in (name for name in CONTENDERS[task] if "bildung" not in name):
+                if peer.endswith("packed") and not name.endswith("packed"):
+                    continue
+                median, least, most = ratio(rounds, peer, name, "seconds_per_token")
+                memory = 1 / ratio(rounds, peer, name, "peak_mb")[0]
+                print(
+                    f"{name} / {peer.partition(': ')[2]}: {median:.2f} x tokens per second ({least:.2f}..{most:.2f}), "
+                    f"{memory:.2f} x peak memory"
+                )
+
+
+def prepare(given: argparse.Namespace) -> dict[str, Any]:
+    """The same rows and conversations for everybody."""
+    from bildung.core.errors import DataError
+    from bildung.data.batches import chat_examples
+    from bildung.data.text import conversations, documents
+    from bildung.tokens.tokenizer import Tokenizer
+
+    tokenizer, needed = Tokenizer.load(given.model), (given.steps + 1) * ROWS * LENGTH
+    tokens: list[int] = []
+    for text in documents(given.text):
+        tokens += tokenizer.encode(text[:200_000])
+        if len(tokens) >= needed:
+            break
+    rows = [tokens[start : start + LENGTH] for start in range(0, needed, LENGTH)]
+    if len(rows[-1]) < LENGTH:
+        raise SystemExit(f"{given.text} has {len(tokens)} tokens of {needed}")
+    chats, lengths = [], []
+    if "instructions" in given.tasks:
+        most = needed + 4 * LENGTH
+        for chat in conversations(given.data, limit=4000):
+            try:
+                (example,) = chat_examples(tokenizer, [chat], 10**6)
+            except DataError:
+                continue
+            if len(example) <= LENGTH and len(chat) == 2:
+                chats.append(chat)
+                lengths.append(len(example))
+            if sum(lengths) >= most and len(chats) >= (STEPS_UNPACKED * given.steps + 1) * ROWS:
+                break
+    return {"rows": rows, "chats": chats, "lengths": lengths}
+
+
+def measure(given: argparse.Namespace) -> Figures:
+    """What one contender does, in this process: the steps after the first."""
+    import torch
+
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    if given.one == CEILING:
+        return {"flops": product_speed(), "load": round(os.getloadavg()[0], 1)}
+    material = json.loads(Path(given.material).read_text())
+    task, _, who = given.one.partition(": ")
+    run = bildung_run if who.startswith("bildung") else peer_run
+    seconds, tokens, more = run(given.model, task, who, material, given.steps)
+    return {
+        "tokens_per_second": sum(tokens[1:]) / sum(seconds[1:]),
+        "seconds_per_token": sum(seconds[1:]) / sum(tokens[1:]),
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        **more,
+        "load": round(os.getloadavg()[0], 1),
+    }
+
+
+def product_speed() -> float:
+    """Operations per second of a bfloat16 product of two 2048 x 2048 matrices, the fastest of ten."""
+    import torch
+
+    size = 2048
+    a = torch.randn(size, size).bfloat16()
+    seconds = []
+    for _ in range(12):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds[2:])
+
+
+def bildung_run(
+    path: str, task: str, who: str, material: dict[str, Any], steps: int
+) -> tuple[list[float], list[int], Figures]:
+    import torch
+
+    import bildung
+    from bildung.data.batches import Example, chat_examples, pack, pad, pad_packed
+    from bildung.train.fit import fit
+    from bildung.train.objectives import clm
+    from bildung.train.optim import adamw
+    from bildung.train.utilisation import flops_per_token
+    from bildung.tune.lora import Settings, add_lora
+
+    lm = bildung.load(path, "float32" if task == "full" else "bfloat16")
+    lm.model.compute_dtype = torch.bfloat16
+    if task == "full":
+        lm.model.requires_grad_(True)
+    else:
+        add_lora(lm.model, Settings(data="none", rank=RANK, alpha=ALPHA))
+    packed, length = who.endswith("packed"), LENGTH
+    if task == "instructions":
+        examples = chat_examples(lm.tokenizer, material["chats"], LENGTH)
+        length = round(statistics.mean(material["lengths"]))
+        steps *= 1 if packed else STEPS_UNPACKED
+    else:
+        examples = [Example(row, [False] + [True] * (LENGTH - 1)) for row in material["rows"]]
+    rows = pack(examples, LENGTH) if packed else [[example] for example in examples]
+
+    def batch_at(number: int) -> Any:
+        chosen = rows[number * ROWS : (number + 1) * ROWS]
+        pad_id = lm.tokenizer.pad_id
+        return pad_packed(chosen, pad_id) if packed else pad([row[0] for row in chosen], pad_id)
+
+    history = fit(lm.model, batch_at, clm, adamw(lm.model, RATE), steps=steps + 1, clip=1.0)
+    tokens = [row["tokens"] for row in history.rows]
+    seconds = [row["tokens"] / row["tokens_per_second"] for row in history.rows]
+    more = {"flops_per_token": flops_per_token(lm.model, length), "first_loss": history.rows[0]["loss"]}
+    return seconds, tokens, more
+
+
+def peer_run(
+    path: str, task: str, who: str, material: dict[str, Any], steps: int
+) -> tuple[list[float], list[int], Figures]:
+    import datasets
+    import torch
+    import transformers
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+    from trl import SFTConfig, SFTTrainer
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    seconds: list[float] = []
+    tokens: list[int] = []
+
+    class Timed(TrainerCallback):
+        def on_step_begin(self, *given: Any, **more: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *given: Any, **more: Any) -> None:
+            seconds.append(time.perf_counter() - self.began)
+
+    bf16_base = who.endswith("bf16 base")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if bf16_base else torch.float32)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, task_type="CAUSAL_LM")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    packed = who.endswith("packed")
+    if task == "instructions" and not packed:
+        steps *= STEPS_UNPACKED
+    with tempfile.TemporaryDirectory() as scratch:
+        common: dict[str, Any] = dict(
+            output_dir=scratch,
+            per_device_train_batch_size=ROWS,
+            max_steps=steps + 1,
+            bf16=not bf16_base,
+            learning_rate=RATE,
+            optim="adamw_torch_fused",
+            gradient_checkpointing=False,
+            use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=False,
+            report_to=[],
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+        )
+        trainer: Any
+        if task == "instructions":
+            rows = [{"prompt": chat[:1], "completion": chat[1:]} for chat in material["chats"]]
+            trainer = SFTTrainer(
+                model,
+                args=SFTConfig(**common, max_length=LENGTH, packing=packed),
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+                peft_config=config,
+                callbacks=[Timed()],
+            )
+        else:
+            trainer = Trainer(
+                model if task == "full" else get_peft_model(model, config),
+                args=TrainingArguments(**common),
+                train_dataset=Dataset.from_list([{"input_ids": row, "labels": row} for row in material["rows"]]),
+                processing_class=tokenizer,
+                callbacks=[Timed()],
+            )
+        compute_loss = trainer.compute_loss
+
+        def counting(model: Any, inputs: Any, *given: Any, **more: Any) -> Any:
+            mask = inputs.get("attention_mask")
+            tokens.append(int(mask.sum()) if mask is not None else inputs["input_ids"].numel())
+            return compute_loss(model, inputs, *given, **more)
+
+        trainer.compute_loss = counting
+        trainer.train()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return seconds, tokens, {"first_loss": float(losses[0])}
+
+
+if __name__ == "__main__":
+    main()

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bildung.core import ranks
 from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, nearest
 from bildung.core.record import Record, damage, hash_directory, read_record
 from bildung.core.staging import check_name
 from bildung.model import adapter_attached, adapter_file, attachments, names, onnx_file, quantized_file
-from bildung.model.build import make
+from bildung.model.assemble import assemble
 from bildung.model.config import BaseConfig, from_dict, read_config
 from bildung.model.gguf_file import hf_config, hf_state_dict, read_gguf
 from bildung.model.linear import Dense, Linear
@@ -115,7 +115,10 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageMo
     tokenizer = no_tokenizer(config) if config.kind == "vision" else Tokenizer.load(path)
     if config.kind != "vision":
         tokenizer.check_fits(config.vocab_size)
-    model = assemble(config, dict(read_tensors(path)), dtype)
+    try:
+        model = assemble(config, dict(read_tensors(path)), dtype)
+    except ModelFileError as error:
+        raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from None
     attachments.read(model, path)
     return LanguageModel(model, tokenizer, model.config, record, path, base=path)
 
@@ -149,50 +152,6 @@ def _load_onnx(path: Path, dtype: str | None) -> LanguageModel:
     config = from_dict(onnx_file.hf_config(graph))
     model = assemble(config, onnx_file.hf_state_dict(graph), dtype)
     return LanguageModel(model, no_tokenizer(config), model.config, path=path)
-
-
-def assemble(config: BaseConfig, tensors: dict[str, Tensor], dtype: str | None = None) -> Any:
-    """A model in evaluation mode holding `tensors` (the file's name -> tensor; the dictionary is emptied).
-
-    Raises ModelFileError for a missing, left-over, misshapen or non-finite tensor.
-    """
-    present = getattr(names.family_of(config), "present", None)
-    if present is not None:  # a head that the files may have or not, and config.json does not say
-        config = replace(config, **present(config, tensors))
-    with torch.device("meta"):
-        model = make(config)
-    for name in [name for name in tensors if name.endswith((".gamma", ".beta"))]:  # BERT's first files
-        stem, _, leaf = name.rpartition(".")
-        tensors[f"{stem}.{'weight' if leaf == 'gamma' else 'bias'}"] = tensors.pop(name)
-    names.complete(tensors, config)
-    table = names.places(config)
-    quantized_file.load_stores(model, tensors, table, dtype)
-    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
-    keys = {name: name.replace(".base.weight", ".weight") for name in wanted}
-    found = names.from_file(tensors, config, keys.values())
-    for name, parameter in wanted.items():
-        key = names.place_of(keys[name], table)[0]
-        if keys[name] not in found:
-            raise ModelFileError(
-                f"tensor {key} is missing; the file is incomplete or of another architecture. {nearest(key, tensors)}"
-            )
-        tensor = found.pop(keys[name])
-        if tensor.shape != parameter.shape:
-            raise ModelFileError(
-                f"tensor {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(parameter.shape)}; "
-                f"weights and config belong to different models."
-            )
-        # One NaN or infinity makes the sum one too; looking at every value takes many times as long.
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.sum())):
-            raise ModelFileError(f"tensor {key} holds values that are not finite numbers; the file is damaged.")
-        parent, _, leaf = name.rpartition(".")
-        tensor = tensor.to(DTYPES[dtype] if dtype else tensor.dtype).contiguous()
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
-    model.tie()
-    left = [key for key in tensors if not any(fnmatch(key, known) for known in names.repeated(config))]
-    if left:
-        raise ModelFileError(f"{len(left)} tensors belong nowhere in this model, the first is {left[0]}.")
-    return model.eval()
 
 
 def save(lm: LanguageModel, path: str | Path) -> Path:

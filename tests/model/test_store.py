@@ -140,7 +140,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit_tensors(d, lambda t: t.update({"model.nrm.weight": t.pop(NORM)})),
         "did you mean 'model.nrm.weight'",
     ),
-    "tensor extra": (lambda d: edit_tensors(d, lambda t: t.update(extra=torch.ones(2))), "belong nowhere"),
+    "tensor extra": (lambda d: edit_tensors(d, lambda t: t.update(extra=torch.ones(2))), "belongs nowhere"),
     "tensor misshapen": (lambda d: edit_tensors(d, lambda t: t.update({NORM: torch.ones(3)})), r"has shape \(3,\)"),
     "not finite": (lambda d: edit_tensors(d, lambda t: t[NORM].fill_(float("nan"))), "not finite"),
     "index outside": (
@@ -165,6 +165,21 @@ def test_damaged_directories_are_refused(case: str, tmp_path: Path) -> None:
     damage(tmp_path / "out")
     with pytest.raises(ModelFileError, match=message):
         bildung.load(tmp_path / "out")
+
+
+def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
+    out = bildung.save(tiny_lm(), tmp_path / "out")
+    up = "model.layers.1.mlp.up_proj.weight"
+    edit_tensors(out, lambda t: (t.pop(NORM), t.pop(up), t.update(extra=torch.ones(2), more=torch.ones(2))))
+    with pytest.raises(
+        ModelFileError, match=rf"{out}: 2 tensors: {up}, {NORM} are missing\. 2 tensors: extra, more bel"
+    ):
+        bildung.load(out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
+    words = r"5 tensors: \S+gate_proj.weight has shape \(320, 192\), config.json asks for \(100, 192\), "
+    with pytest.raises(ModelFileError, match=words):
+        bildung.load(out)
 
 
 def test_a_flipped_weight_is_noticed_by_its_record(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ class Parallel:
             "none": "alone",
             "ddp": "all_reduce of gradients",
             "zero1": "reduce of gradients to their owners",
-            "tensor": "all_reduce of activations and of what is sent back to them",
+            "tensor": "all_reduce of activations and of their gradients",
         }.get(self.kind, "all_gather of weights, reduce_scatter of gradients")
 
     def optimizer(self, make: Callable[[], torch.optim.Optimizer]) -> torch.optim.Optimizer:

@@ -33,11 +33,12 @@ def at(place: str) -> None:
 
 
 def set_timeout(limit: datetime.timedelta) -> None:
-    """How long a collective of all ranks may take."""
+    """How long a collective of all ranks, or of a group of them, may take."""
     if ranks.world_size() > 1:
-        from torch.distributed.distributed_c10d import _set_pg_timeout
+        from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-        _set_pg_timeout(limit)
+        for group in list(_world.pg_map):
+            _set_pg_timeout(limit, group)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from bildung.train.objectives import clm
 from bildung.train.optim import adamw
 from bildung.train.parallel import Parallel
 from tests.train.parallel_run import KEYS, micro_batch
+from tests.train.tensor_run import LLAMA
 
 FAULT_AT, STEPS = 5, 8
 
@@ -36,7 +37,7 @@ def main(out: Path, kind: str, what: str) -> None:
             time.sleep(60)
         return micro_batch(number)
 
-    model = build(from_dict(KEYS), seed=3)
+    model = build(from_dict(LLAMA if kind == "tensor" else KEYS), seed=3)
     parallel = Parallel(kind, model, clm)
     optimizer = parallel.optimizer(lambda: adamw(model, 1e-2))
     given = dict(steps=STEPS, micro_steps=2, out=out / "run", checkpoint_every=2, keep_last=2, parallel=parallel)

@@ -19,7 +19,7 @@ def torchrun(out: Path, kind: str, what: str, restarts: int = 0) -> subprocess.C
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
 
 
-@pytest.mark.parametrize("kind", ["zero3", pytest.param("ddp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["zero3", *(pytest.param(one, marks=pytest.mark.slow) for one in ("ddp", "tensor"))])
 def test_a_rank_that_dies_is_started_again_and_nothing_is_lost(tmp_path: Path, kind: str) -> None:
     undisturbed = torchrun(tmp_path / "undisturbed", kind, "nothing")
     assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
@@ -30,13 +30,20 @@ def test_a_rank_that_dies_is_started_again_and_nothing_is_lost(tmp_path: Path, k
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_rank_that_hangs_is_named_with_the_exchange(tmp_path: Path) -> None:
-    done = torchrun(tmp_path / "out", "ddp", "hangs")
+@pytest.mark.parametrize(
+    ("kind", "exchange"),
+    [
+        ("ddp", "all_reduce of gradients"),
+        pytest.param("tensor", "all_reduce of activations and of their gradients", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_hangs_is_named_with_the_exchange(tmp_path: Path, kind: str, exchange: str) -> None:
+    done = torchrun(tmp_path / "out", kind, "hangs")
     assert done.returncode != 0
     said = re.search(
         r"rank 0 says: rank 0 waited in vain at (.*?): rank 1 was last heard of (\d+) s ago, at (.*?)\. ", done.stdout
     )
     assert said is not None, done.stdout + done.stderr[-2000:]
-    assert said[1] == "step 6, micro-batch 0 (all_reduce of gradients)" and 4 <= int(said[2]) <= 30
-    assert said[3] == "step 6, micro-batch 1 (all_reduce of gradients)"
+    assert said[1] == f"step 6, micro-batch 0 ({exchange})" and 4 <= int(said[2]) <= 30
+    assert said[3] == f"step 6, micro-batch {1 if kind == 'ddp' else 0} ({exchange})"
     assert sorted(path.name for path in (tmp_path / "out/run").glob(".checkpoint-0*"))[-1] == ".checkpoint-00000004"

@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,8 @@ from bildung.model.store import LanguageModel, load
 from bildung.train.fit import mean_loss
 from bildung.train.loss import LossSum
 from bildung.train.objectives import clm, hidden
-from bildung.train.training import COMPUTE, check_continues_text
+from bildung.train.precision import COMPUTE, Precision
+from bildung.train.training import check_continues_text
 from bildung.tune.instruction import Tuning, base_of, prepare
 
 Row = dict[str, float]
@@ -74,7 +75,7 @@ class Settings:
     epochs: float | None = None  # passes over the data; default: 1
     batch_size: int = 4  # rows per micro-step
     micro_steps: int = 1  # micro-steps whose gradients are summed into one optimizer step
-    precision: Literal["bf16", "fp32"] = "bf16"  # of activations
+    precision: Precision = "bf16"  # of activations
     seed: int = 0  # decides the first values, the order of the data, and dropout
     forget_on: str = "mini:moby"  # prose on which forgetting is measured
     forget_texts: int = 16  # how many beginnings of documents of it

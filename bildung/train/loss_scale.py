@@ -4,9 +4,9 @@
     one overflows        no step is made, S ← S / 2
     2000 steps without   S ← 2 S
 
-The rule is torch.amp.GradScaler's (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2), which starts at S = 2^16 of
-a loss that is a mean over tokens; this one is a sum, so it starts lower. Ours keeps no state: S follows from the lines
-of the log, so a resumed run has the S it would have had. bfloat16 has float32's range and needs none of this.
+The rule is torch.amp.GradScaler's (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2), which starts at S = 2^16
+of a loss that is a mean over tokens; this one is a sum, so it starts lower. Ours keeps no state: S follows from the
+lines of the log, so a resumed run has the S it would have had. bfloat16 has float32's range and needs none of this.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ def fit(
     clip         largest allowed global gradient norm (the norm before clipping is logged)
     spike        skip a step whose gradient norm is above so many times the median of the last 50
     scale_loss   for float16 (see loss_scale.py)
-    evaluate     called before the first and after every `evaluate_every` steps; its "loss" decides early stopping
+    evaluate     called before the first step, after every `evaluate_every` steps and after the last; its "loss" decides
+                 early stopping
     also         (every so many steps, what then adds to the log: samples, cards); after the last step too. STOP among
                  what is added ends the run
     patience     stop after that many evaluations without a lower loss, and put the best weights back
@@ -173,7 +174,7 @@ def fit(
             row["tokens_per_second"] = row["tokens"] / (time.monotonic() - began)
             if full_speed:
                 row["flops_utilisation"] = row["tokens_per_second"] / full_speed
-            if evaluate_every and history.steps % evaluate_every == 0:
+            if history.steps == steps or (evaluate_every and history.steps % evaluate_every == 0):
                 row |= look(history.steps)
             for every, look_at in also:
                 if history.steps % every == 0 or history.steps == steps:

@@ -175,7 +175,7 @@ def test_killed_and_run_again_is_the_same_model(words: Path, tmp_path: Path, mon
     model = {**MODEL, "dropout": 0.1}
     given = settings(data, model=model, steps=8, batch_tokens=64, checkpoint_every=2)
     seq2seq(words, tmp_path / "whole", given)
-    calls, plain = [], objectives.target_nll
+    calls, plain = [], objectives.sum_at_targets
 
     def failing(*args: object) -> torch.Tensor:
         calls.append(1)
@@ -183,10 +183,10 @@ def test_killed_and_run_again_is_the_same_model(words: Path, tmp_path: Path, mon
             raise KeyboardInterrupt
         return plain(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(objectives, "target_nll", failing)
+    monkeypatch.setattr(objectives, "sum_at_targets", failing)
     with pytest.raises(KeyboardInterrupt):
         seq2seq(words, tmp_path / "broken", given)
-    monkeypatch.setattr(objectives, "target_nll", plain)
+    monkeypatch.setattr(objectives, "sum_at_targets", plain)
     seq2seq(words, tmp_path / "broken", given)
     whole, broken = (bildung.load(tmp_path / name).model for name in ("whole", "broken"))
     for name, parameter in whole.named_parameters():

@@ -70,6 +70,7 @@ def test_tuning_lowers_the_loss_and_leaves_an_adapter(tuned, tiny_lm_directory, 
         "chat_template.jinja",
         "metrics.jsonl",
         "record.json",
+        "training.html",
     ]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["loss"] < rows[0]["loss"]

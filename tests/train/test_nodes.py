@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,24 +25,73 @@ from tests.train import nodes_run
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("nodes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "bildung"]
-    command += ["-m", "tests.train.nodes_run", str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    agents = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    first, second = start(out, "--nnodes", "2"), start(out, "--nnodes", "2")
     try:
-        said = [agent.communicate(timeout=500)[1] for agent in agents]
+        ended = [agent.wait(timeout=500) for agent in (first, second)]
     finally:
-        for agent in agents:
-            agent.kill()
-    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)[-4000:]
+        stop(first, second)
+    assert ended == [0, 0], (out / "said").read_text()[-4000:]
     return out
+
+
+def start(out: Path, *words: str, until: int = 0) -> subprocess.Popen[bytes]:
+    """torchrun as on one of several machines, with two processes; all of one `out` meet."""
+    port = out / "port"
+    if not port.exists():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port.write_text(str(free.getsockname()[1]))
+    command = [sys.executable, "-m", "torch.distributed.run", *words, "--nproc_per_node", "2"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port.read_text()}", "--rdzv_id", "bildung"]
+    command += ["-m", "tests.train.nodes_run", str(out), *([str(until)] if until else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with (out / "said").open("ab") as said:
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=said)
+
+
+def stop(*agents: subprocess.Popen[bytes]) -> None:
+    """Agents with the processes they started."""
+    for agent in agents:
+        children = psutil.Process(agent.pid).children(recursive=True) if agent.poll() is None else []
+        for process in (agent, *children):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        agent.wait()
+
+
+@pytest.mark.slow
+def test_a_machine_that_goes_is_done_without(tmp_path: Path) -> None:
+    """--nnodes 1:2: when one of two machines dies the other starts again from the last checkpoint, on two ranks."""
+    conf = "last_call_timeout=15,keep_alive_interval=2,keep_alive_max_attempt=2"
+    words = ("--nnodes", "1:2", "--max-restarts", "3", "--rdzv_conf", conf)
+    stays = start(tmp_path, *words, until=12)
+    wait_for(lambda: answers(int((tmp_path / "port").read_text())), seconds=60)  # it is the one where all meet
+    goes = start(tmp_path, *words, until=12)
+    try:
+        wait_for(lambda: any((tmp_path / "run").glob(".checkpoint-0*/part-3.safetensors")), seconds=300)
+        stop(goes)
+        ended = stays.wait(timeout=400)
+    finally:
+        stop(stays, goes)
+    assert ended == 0, (tmp_path / "said").read_text()[-4000:]
+    assert json.loads((tmp_path / "elastic.json").read_text())["machines"] == 1
+    model, _ = nodes_run.train("none", steps=12)
+    together = load_file(tmp_path / "elastic.safetensors")
+    for name, weight in nodes_run.weights(model).items():
+        torch.testing.assert_close(together[name], weight, atol=1e-6, rtol=0)
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("localhost", port), 1):
+        return True
+    return False
+
+
+def wait_for(found: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < until
+        time.sleep(0.2)
 
 
 @pytest.mark.slow

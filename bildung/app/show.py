@@ -31,7 +31,7 @@ PICTURES = (".png", ".svg", ".pdf")
 @settings
 class Command:
     source: tyro.conf.Positional[Path]  # a model or adapter directory, a .gguf file, or a config.json alone
-    # tokens of the row that is counted; default: 1024, or as many as a learned table has (of images: their patches)
+    # tokens of the row that is counted; default: 1024, or the model's whole context (of images: their patches)
     length: int | None = None
     source_length: int | None = None  # tokens of an encoder-decoder's source; default: as many
     picture: Path | None = None  # draw it into this file: .png, .svg or .pdf
@@ -103,8 +103,7 @@ def look_at(source: Path, length: int | None = None, source_length: int | None =
     place = source.resolve()
     name = place.parent.name if place.name == "config.json" else place.stem if place.suffix == ".json" else place.name
     if length is None:
-        ends = getattr(model.config, "positions", "") == "learned"
-        length = min(1024, model.config.max_position_embeddings) if ends else 1024
+        length = min(1024, model.config.max_position_embeddings)
     return Shown(name, model, count(model, length, source_length), length, alone)
 
 

@@ -62,7 +62,8 @@ def names() -> list[str]:
 def entry_called(name: str) -> Entry:
     """The manifest's entry. Raises DataError with the nearest names."""
     if name not in manifest():
-        raise DataError(f"no nursery entry {name!r}. {nearest(name, names())} There are: {', '.join(names())}")
+        hint = nearest(name, names())
+        raise DataError(f"no nursery entry {name!r}{f'; {hint}' if hint else '.'} There are: {', '.join(names())}")
     return manifest()[name]
 
 

@@ -78,7 +78,8 @@ def begin(source: Path, given: Birth, *, kinds: Sequence[str]) -> LanguageModel:
     """The model to train, in float32 and with every parameter trainable: a new one, or the source's.
 
     kinds: which kinds of model this objective can train (config.kind). Raises SettingsError when `model` is missing for
-    a birth or given for a model that is there, ConfigError for its keys, DataError for a model of another kind.
+    a birth or given for a model that is there, and for rows longer than the model's context; ConfigError for its keys,
+    DataError for a model of another kind.
     """
     if (source / "config.json").exists():
         if given.model is not None:
@@ -98,6 +99,12 @@ def begin(source: Path, given: Birth, *, kinds: Sequence[str]) -> LanguageModel:
     if lm.config.kind not in kinds:
         raise DataError(
             f"a {lm.config.model_type} is of kind {lm.config.kind!r}; this way of training is for {', '.join(kinds)}."
+        )
+    context = lm.config.max_position_embeddings
+    if given.max_length > context:
+        raise SettingsError(
+            f"max_length = {given.max_length}, and the model's context has {context} tokens (max_position_embeddings): "
+            f"it would learn what it can never be asked. Give --max-length {context} or less, or a longer context."
         )
     lm.model.requires_grad_(True)
     lm.model.compute_dtype = COMPUTE[given.precision]

@@ -78,10 +78,6 @@ def masked(source: Path, out: Path, settings: Settings, *, force: bool = False) 
                 f"{source} has the heads {', '.join(lm.config.heads) or 'none'}; {settings.objective} needs also "
                 f"{', '.join(lacking)}. Choose another objective, or begin from a tokenizer."
             )
-        if settings.max_length > lm.config.max_position_embeddings:
-            raise SettingsError(
-                f"max_length = {settings.max_length}; the model has {lm.config.max_position_embeddings} positions."
-            )
         texts = documents(settings.data, limit=settings.limit)
         kept, aside = set_aside(joined(list(texts), settings.document_rows), settings.held_out, settings.seed)
         masker = Masker(lm.tokenizer, settings.share, whole_words=settings.whole_words)

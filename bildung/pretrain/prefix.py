@@ -12,6 +12,7 @@ what it makes of seeing it whole.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -87,6 +88,11 @@ def prefix(source: Path, out: Path, settings: Settings, *, force: bool = False) 
             blind = [replace(batch, prefix_BL=torch.zeros_like(batch.prefix_BL)) for batch in held_batches]
             for name, batches in (("", held_batches), ("_read_left_to_right", blind)):
                 job.measured[f"held_out_nats_per_token{name}"] = _loss(lm, batches)
+            whole, left = (job.measured[f"held_out_nats_per_token{name}"] for name in ("", "_read_left_to_right"))
+            print(
+                f"held out: {whole:.3f} nats per token (prompts read from left to right only: {left:.3f})",
+                file=sys.stderr,
+            )
         lm.model.compute_dtype = None
         write_model(lm, job.out)
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from bildung.model.store import LanguageModel
 
 Prompt = str | Sequence[Mapping[str, object]]
+USUAL_LENGTH = 64  # tokens of an answer
 
 
 @settings
@@ -44,7 +45,7 @@ class Command(Sampling, Beam):
 
     directory: tyro.conf.Positional[Path]  # a model or adapter directory, or a .gguf file
     prompt: tyro.conf.Positional[str]  # the text to go on from, or with --chat the question
-    new_tokens: int = 64  # length of the answer at most
+    new_tokens: int | None = None  # length of the answer at most; default: 64, or fewer if the context ends before
     chat: bool = False  # the prompt is a user's turn, put through the model's chat template
     stop: tuple[str, ...] = ()  # end the answer before any of these texts
     adapters: tuple[str, ...] = ()  # NAME=DIRECTORY of adapters on the model: each answers beside the model itself
@@ -56,20 +57,23 @@ def command(settings: Command) -> None:
 
     lm = load(settings.directory)
     ids = encode_prompt(lm, settings.prompt, settings.chat)
+    read = 1 if answers_sources(lm.model) else len(ids)
+    room = max(1, min(USUAL_LENGTH, lm.config.max_position_embeddings - read))
+    new_tokens = room if settings.new_tokens is None else settings.new_tokens
     if settings.adapters:
-        return _side_by_side(lm, ids, settings)
+        return _side_by_side(lm, ids, new_tokens, settings)
     if (beam := _beam(vars(settings))) != Beam():
         stop = _stops(settings.stop)
-        found = write(lm.model, lm.tokenizer, [ids], settings.new_tokens, sampling=settings, beam=beam, stop=stop)
+        found = write(lm.model, lm.tokenizer, [ids], new_tokens, sampling=settings, beam=beam, stop=stop)
         for one in found[0]:
             print(one.text if settings.n_best == 1 else f"{one.score:.4f}\t{json.dumps(one.text, ensure_ascii=False)}")
         return
-    for piece in stream(lm, ids, settings.new_tokens, sampling=settings, stop=settings.stop):
+    for piece in stream(lm, ids, new_tokens, sampling=settings, stop=settings.stop):
         print(piece, end="", flush=True)
     print()
 
 
-def _side_by_side(lm: LanguageModel, ids: list[int], settings: Command) -> None:
+def _side_by_side(lm: LanguageModel, ids: list[int], new_tokens: int, settings: Command) -> None:
     """The answers of the model and of each adapter on it, one a line."""
     from bildung.model.named_adapters import adapters_by_row, add_named
 
@@ -81,7 +85,7 @@ def _side_by_side(lm: LanguageModel, ids: list[int], settings: Command) -> None:
             lm.model,
             lm.tokenizer,
             [ids] * len(rows),
-            settings.new_tokens,
+            new_tokens,
             sampling=settings,
             beam=beam,
             stop=_stops(settings.stop),

@@ -134,7 +134,8 @@ class _Learner:
         size = self.given.vocab_size or DEFAULT_SIZE
         extra = len(self.outside) + (self.unknown is not None) + 256 * self.given.byte_fallback
         if size - extra < alphabet:
-            also = f" and {extra} special tokens and bytes" if extra else ""
+            others = "special tokens and bytes" if self.given.byte_fallback else "special tokens"
+            also = f" and {extra} {others}" if extra else ""
             fewer = ", keep fewer characters with `alphabet`, merge some with `normalize`, or use byte_bpe, whose "
             fewer += "alphabet is 256 bytes"
             raise SettingsError(

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bildung.core.errors import SettingsError
 from bildung.core.settings import settings
 from bildung.tokenizer.corpus import Corpus
 from bildung.tokenizer.learn import learn
@@ -46,7 +47,14 @@ class Command:
 
 def command(settings: Command) -> None:
     """`bildung tokenizer trace`. Raises TokenizerError, DataError and SettingsError."""
+    if not settings.text.strip():
+        raise SettingsError("the text is empty; give what to split: bildung tokenizer trace TEXT [DIRECTORY ...]")
+    if settings.tokenizers and Path(settings.text).is_dir() and not settings.tokenizers[0].exists():
+        raise SettingsError(
+            f"{settings.text} is a directory; the text comes first: bildung tokenizer trace TEXT {settings.text}"
+        )
     console = Console(highlight=False)
+    console.width = max(console.width, 120)  # the rounds of the pruning, each in a line
     for path in settings.tokenizers:
         show(console, path.name, Tracer(Tokenizer.load(path.expanduser())), settings.text)
     if settings.tokenizers:

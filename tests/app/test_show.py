@@ -63,6 +63,12 @@ def test_a_directory_an_adapter_and_a_quantized_model(tmp_path: Path, capsys: py
     assert "6 matrices Nf4" in text and "9 matrices float32" in text
 
 
+def test_no_more_tokens_than_the_context_has_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bildung.save(tiny_lm(), tmp_path / "llama")  # of RoPE, which knows no end; the config does
+    assert "128 tokens in one row" in shown(capsys, str(tmp_path / "llama"))
+    assert "300 tokens in one row" in shown(capsys, str(tmp_path / "llama"), "--length", "300")
+
+
 def test_virtual_tokens_and_bottlenecks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = bildung.save(tiny_lm(), tmp_path / "base")
     lm = bildung.load(base)

@@ -125,7 +125,7 @@ def refused(words: Path, text: str, out: Path, change: dict[str, Any], error: ty
         ({"copies": 0}, SettingsError, "copies = 0"),
         ({"held_out": 1}, SettingsError, "held_out = 1"),
         ({"pack": True}, SettingsError, "pack is for mlm alone"),
-        ({"max_length": 65}, SettingsError, "64 positions"),
+        ({"max_length": 65}, SettingsError, "context has 64 tokens"),
         ({"max_length": 4}, DataError, "no room"),
         ({"model": {"model_type": "llama", "hidden_size": 8}}, BildungError, "lacks the key"),
         ({"model": {**CONFIG, "model_type": "distilbert"}}, BildungError, "unknown key"),

@@ -98,6 +98,14 @@ def test_peers_refuse_its_directory(tokenizer_directory: Path, tmp_path: Path) -
     assert bildung.load(tmp_path / "more").config == bildung.load(tmp_path / "out").config
 
 
+def test_rows_longer_than_the_context(tokenizer_directory: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a b"}\n{"text": "b a"}')
+    given = Settings(data=str(path), model=MODEL, held_out=0, max_length=65)
+    with pytest.raises(SettingsError, match="max_length = 65, and the model's context has 64 tokens"):
+        prefix(tokenizer_directory, tmp_path / "out", given)
+
+
 def test_only_decoders(tokenizer_directory: Path, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "a b"}\n{"text": "b a"}')

@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 import bildung
-from bildung.app.cli import main
+from bildung.app.cli import main, run
 from bildung.core.errors import DataError, ModelFileError, SettingsError
 from bildung.model.build import build
 from bildung.model.config import from_dict
@@ -179,3 +179,17 @@ def test_the_command_prints_the_n_best_with_their_scores(
         main(["generate", str(tmp_path / "model"), PROMPT, "--beams", "3", "--stop", ""])
     assert refused.value.code == 2 and "stop string is empty" in capsys.readouterr().err
     assert [(score, json.loads(text)) for score, text in lines] == [(f"{one.score:.4f}", one.text) for one in found]
+
+
+def test_by_default_an_answer_ends_where_the_context_does(
+    tiny_lm: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = from_dict({**tiny_lm.config.raw, "max_position_embeddings": 12})
+    bildung.save(LanguageModel(build(config), tiny_lm.tokenizer, config), tmp_path / "small")
+    room = 12 - len(tiny_lm.tokenizer.encode("abc"))
+    run(["generate", str(tmp_path / "small"), "abc"])
+    usual = capsys.readouterr().out
+    run(["generate", str(tmp_path / "small"), "abc", "--new-tokens", str(room)])
+    assert capsys.readouterr().out == usual
+    with pytest.raises(SettingsError, match=f"ask for at most {room} new tokens"):
+        run(["generate", str(tmp_path / "small"), "abc", "--new-tokens", str(room + 1)])

@@ -179,14 +179,17 @@ def test_special_tokens_by_role() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"algorithm": "bpe", "vocab_size": 50}, r"the text has \d\d characters and 4 special tokens and bytes, so at"),
+        ({"algorithm": "bpe", "vocab_size": 50}, r"the text has \d\d characters and 4 special tokens, so at"),
         ({"algorithm": "unigram", "vocab_size": 50}, r"vocab_size = 50 is below the alphabet: the text has \d\d char"),
         ({"algorithm": "wordpiece", "vocab_size": 80}, r"below the alphabet: the text has \d+ letters \(a and ##a are"),
         (
             {"vocab_size": 258},
-            r"the text has 256 bytes and 3 special tokens and bytes, so at least 259 are needed. Raise it\.$",
+            r"the text has 256 bytes and 3 special tokens, so at least 259 are needed. Raise it\.$",
         ),
-        ({"algorithm": "bpe", "vocab_size": 300, "byte_fallback": True}, r"\d\d characters and 259 special tokens"),
+        (
+            {"algorithm": "bpe", "vocab_size": 300, "byte_fallback": True},
+            r"\d\d characters and 259 special tokens and bytes",
+        ),
         ({"algorithm": "word", "vocab_size": 4}, "vocab_size = 4 leaves no room for words"),
         ({"algorithm": "byte", "vocab_size": 300}, "the vocabulary of a byte tokenizer is its alphabet; leave"),
         ({"algorithm": "character", "vocab_size": 300}, "is its alphabet; give `alphabet` to limit it"),

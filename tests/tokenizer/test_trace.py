@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from bildung.app.cli import run
-from bildung.core.errors import TokenizerError
+from bildung.core.errors import SettingsError, TokenizerError
 from bildung.tokenizer.learn import learn
 from bildung.tokenizer.learning import Learning
 from bildung.tokenizer.trace import show
@@ -63,3 +63,10 @@ def test_with_tokenizers_these_are_traced(tmp_path: Path, capsys: pytest.Capture
     assert "bytes" in seen and "195 169" in seen and "pruned" not in seen
     with pytest.raises(TokenizerError, match="not Unicode"):
         run(["tokenizer", "trace", "\udce9", str(tmp_path / "bytes")])
+
+
+def test_what_cannot_be_traced(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="the text is empty"):
+        run(["tokenizer", "trace", " "])
+    with pytest.raises(SettingsError, match=rf"the text comes first: bildung tokenizer trace TEXT {tmp_path}"):
+        run(["tokenizer", "trace", str(tmp_path), "some words"])

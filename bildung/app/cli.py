@@ -34,6 +34,7 @@ from typing import Annotated, Any, NoReturn
 import tyro
 from rich.console import Console
 
+from bildung.core import ranks
 from bildung.core.errors import BildungError, SettingsError, nearest
 from bildung.core.progress import duration, size
 from bildung.core.record import Record, read_record
@@ -108,7 +109,8 @@ def run_verb(verb: Verb, argv: list[str]) -> None:
         staging = staging_of(given.out)
         kept = f"{staging} keeps what was done." if was_interrupted(staging) else "Nothing had been written."
         raise KeyboardInterrupt(kept) from None
-    print(f"{given.out} is up to date" if record == previous else report_line(given.out, record))
+    if ranks.rank() == 0:
+        print(f"{given.out} is up to date" if record == previous else report_line(given.out, record))
 
 
 def parse(cls: type, verb: Verb, argv: list[str]) -> Any:

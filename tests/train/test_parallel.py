@@ -13,8 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from bildung.core.errors import SettingsError
+from bildung.model.build import build
+from bildung.model.config import from_dict
+from bildung.train.optim import optimizer_from
 from bildung.train.parallel import Parallel
 from bildung.train.sharing import sent
+from bildung.train.training import Training
 from tests.train import parallel_run
 
 KINDS = ("ddp", "zero1", "zero2", "zero3")
@@ -114,3 +118,26 @@ def test_what_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match="2 processes were started"):
         Parallel("none", model, parallel_run.clm)
+    with pytest.raises(SettingsError, match="nothing would be saved"):
+        Parallel("zero3", model, parallel_run.clm, offload=True)
+
+
+def test_micro_batches_are_dealt_out_among_those_with_batches_of_their_own() -> None:
+    parallel = object.__new__(Parallel)
+    parallel.rank, parallel.team_size, parallel.copies = 5, 2, 4  # the third team of two
+    assert list(parallel.mine(8)) == [2, 6]
+    with pytest.raises(SettingsError, match="micro_steps = 6 do not divide among 4 teams of 2 ranks"):
+        parallel.mine(6)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "zero2", "zero3", "hybrid", "tensor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor", "adamw_8bit", "paged_adamw"])
+def test_an_optimizer_that_cannot_be_shared_is_refused(kind: str, optimizer: str) -> None:
+    model = build(from_dict(parallel_run.KEYS), seed=3)
+    given = Training(optimizer=optimizer, parallel=kind)
+    whole_state = optimizer == "paged_adamw" and kind != "ddp"
+    if whole_state or (optimizer not in ("adamw", "muon") and kind not in ("ddp", "zero1")):
+        with pytest.raises(SettingsError, match=f"parallel = '{kind}'"):
+            optimizer_from(model, given)
+    else:
+        optimizer_from(model, given)

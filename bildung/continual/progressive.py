@@ -11,7 +11,8 @@ The form for Transformers is OURS; the paper has multilayer perceptrons and conv
                         s_i = s_{i-1} + gelu( W_i s_{i-1} + U_i gelu( V_i [α_1 n(h_i), α_2 n(s_i²), ...] ) )
                     h_i: the stream after block i of the first column, s_i^j: the side columns between; α: one learned
                     number per column and block; n: normalised to mean 0 and variance 1, because streams grow with depth
-    output          h + P s_last goes on to the head (`norm` is the site); P starts at 0, so a task starts at the model
+    output          h + P s_last, h what the head reads: of a classifier the pooled vector (site `pooled`; P s_last of
+                    the first token), else the last state (`norm`). P starts at 0, so a task starts at the model
 
 A side column has no attention: tokens exchange what the first column's attention exchanges, and no more. That keeps it
 small and works with every cache and mask. Gradients stay in the column, so a task trains fast.
@@ -41,7 +42,7 @@ from bildung.model.taps import Attachment, attach, detach
 from bildung.train.history import History
 from bildung.train.training import Training
 
-SITE = "norm"
+SITES = ("pooled", "norm")  # the first that the model has
 
 
 @settings
@@ -50,7 +51,7 @@ class ProgressiveSettings:
 
     width: int = 96  # of a side column's vectors
     lateral: int = 48  # of what a block of it takes from the columns before
-    learning_rate: float = 2e-3  # of side columns, which start from nothing
+    learning_rate: float = 5e-3  # of side columns, which start from nothing
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.lateral < 1 or not 0 < self.learning_rate < math.inf:
@@ -116,13 +117,13 @@ class Columns(Attachment):
             self.streams[number] = column.step(layer, self.streams[number], earlier)
             earlier = [*earlier, self.streams[number].detach()]
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """x_BLD, or x_BD of the first token."""
         if not self.active:
-            return x_BLD
-        column = cast(SideColumn, self.columns[self.active - 1])
-        added_BLD: Tensor = column.P(self.streams[self.active - 1])
-        self.streams = []
-        return x_BLD + added_BLD.to(x_BLD.dtype)
+            return x
+        s_BLW, self.streams = self.streams[self.active - 1], []
+        added: Tensor = cast(SideColumn, self.columns[self.active - 1]).P(s_BLW if x.ndim == 3 else s_BLW[:, 0])
+        return x + added.to(x.dtype)
 
 
 class Progressive(Method):
@@ -170,25 +171,30 @@ class Progressive(Method):
 
 def add_column(lm: LanguageModel, given: ProgressiveSettings, seed: int) -> Columns:
     """One more side column, which trains and speaks; those before stay as they are. Sizes are those of the first."""
-    old = columns_of(lm)
+    old, site = columns_of(lm), site_of(lm)
     if old is None:
         layers = lm.config.num_hidden_layers
         made = Columns(lm.config.hidden_size, layers, given.width, given.lateral, count=1, active=1)
     else:
         made = Columns(**old.sizes, count=len(old.columns) + 1, active=len(old.columns) + 1)
         made.columns[:-1].load_state_dict(old.columns.state_dict())
-        detach(lm.model, SITE)
+        detach(lm.model, site)
     newest = cast(SideColumn, made.columns[-1])
     newest.draw(torch.Generator().manual_seed(seed))
     made.requires_grad_(False)
     newest.requires_grad_(True)
-    attach(lm.model, SITE, made.to(lm.model.device))
+    attach(lm.model, site, made.to(lm.model.device))
     return made
+
+
+def site_of(lm: LanguageModel) -> str:
+    """Where side columns join the model."""
+    return next(site for site in SITES if site in lm.model.sites)
 
 
 def columns_of(lm: LanguageModel) -> Columns | None:
     """The side columns of a model, if it has any."""
-    found = dict(lm.model.attached.items()).get(SITE)
+    found = dict(lm.model.attached.items()).get(site_of(lm))
     return found if isinstance(found, Columns) else None
 
 

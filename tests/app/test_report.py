@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from bildung.app import family_tree
-from bildung.core import chart
 from bildung.app.chapters import changed_settings, find_directories, main_line, read_life, read_log
 from bildung.app.report import Settings, licence, report
 from bildung.app.report_parts import facts, loss_curves, text_of, value_and_error
+from bildung.core import chart
 from bildung.core.errors import RecordError
 from bildung.core.record import Record, read_record, write_record
 from tests.app.fake_life import TASKS, make_life

@@ -31,10 +31,14 @@ class Rescale(Delta):
         self.factor = nn.Parameter(torch.ones(features, device=device))
 
     def reads(self, x_BLI: Tensor) -> Tensor:
-        return x_BLI * self.factor.to(x_BLI.dtype) if self.side == "input" else x_BLI
+        return self._scaled(x_BLI) if self.side == "input" else x_BLI
 
     def forward(self, x_BLI: Tensor, y_BLO: Tensor) -> Tensor:
-        return y_BLO * self.factor.to(y_BLO.dtype) if self.side == "output" else y_BLO
+        return self._scaled(y_BLO) if self.side == "output" else y_BLO
+
+    def _scaled(self, x_BLF: Tensor) -> Tensor:
+        # What differs from 1 is rounded to bfloat16, not the factor, whose steps above 1 would be 2^-7.
+        return torch.addcmul(x_BLF, x_BLF, (self.factor - 1).to(x_BLF.dtype))
 
     def applied(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor_F = self.factor.to(weight_OI.dtype)

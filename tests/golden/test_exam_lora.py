@@ -1,4 +1,4 @@
-"""Published numbers about low-rank adaptation and cross-entropy, through the public API (exam rows 2 and 6)."""
+"""Published numbers about low-rank adaptation and cross-entropy, through the public API (exam rows 2, 6, 25 and 27)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 import bildung
 from bildung.model.config import from_dict
 from bildung.model.linear import deltas_off
+from bildung.model.nested import use_rank
 from bildung.train.objectives import surprisal
+from bildung.train.optim import optimizer_from
+from bildung.tune import dylora
 from bildung.tune.lora import Settings, add_lora
 
 
@@ -61,3 +64,28 @@ def test_exam_6_cross_entropy_of_apple_banana_cherry():
     cherry, banana = surprisal(model, torch.ones(2, 8), torch.tensor([2, 1])).tolist()
     assert (round(cherry, 4), round(banana, 4)) == (1.6094, 0.3567)
     assert cherry == pytest.approx(-torch.tensor(0.2).log().item())
+
+
+def test_exam_25_dylora_chooses_no_rank_it_trains_all_so_that_any_can_be_cut():
+    """The published answer: it selects the optimal rank. An update of rank b is alpha / b times the first b ranks."""
+    options = dylora.Options(rank=4, alpha=6, seed=5)
+    assert {dylora.rank_at(options, number) for number in range(100)} == {1, 2, 3, 4}
+    model = llama(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    (linear,) = dylora.add_dylora(model, dylora.Options(rank=4, alpha=6, target="q_proj")).values()
+    delta = linear.deltas["dylora"]
+    torch.nn.init.normal_(delta.lora_B)
+    for rank in (1, 2, 3, 4):
+        use_rank(model, rank)
+        expected = 6 / rank * delta.lora_B[:, :rank] @ delta.lora_A[:rank]
+        torch.testing.assert_close(linear.weight() - linear.base.dense(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_exam_27_lora_plus_is_a_higher_rate_for_b_and_leaves_clipping_alone():
+    model = llama(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    given = Settings(data="none", rank=2, learning_rate=1e-4, learning_rate_ratio=16)
+    add_lora(model, given)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in optimizer_from(model, given).param_groups for p in group["params"]}
+    assert {rate for name, rate in rates.items() if name.endswith("lora_A")} == {1e-4}
+    assert {rate for name, rate in rates.items() if name.endswith("lora_B")} == {16 * 1e-4}
+    assert given.clip == Settings(data="none").clip

@@ -25,7 +25,8 @@ from bildung.tune.ia3 import Settings as Ia3
 from bildung.tune.ia3 import ia3
 from bildung.tune.lora import Settings as Lora
 from bildung.tune.lora import lora
-from bildung.tune.merge import fold_deltas
+from bildung.tune.merge import Settings as Merge
+from bildung.tune.merge import fold_deltas, merge
 from tests.contract.test_families import CONFIGS
 from tests.model.tiny import tiny_lm
 from tests.model.tiny_encoder import tiny_encoder
@@ -86,3 +87,16 @@ def test_an_encoder_is_told_what_it_learns_from(data: str, tmp_path: Path) -> No
     source = bildung.save(tiny_encoder("BertForPreTraining"), tmp_path / "source")
     with pytest.raises(DataError, match="does not continue text"):
         lora(source, tmp_path / "out", Lora(data=data, steps=1))
+
+
+def test_an_adapter_of_an_encoder_decoder_is_merged(data: str, tmp_path: Path) -> None:
+    config = from_dict({"model_type": "t5", **CONFIGS["t5"]})
+    lm = LanguageModel(build(config, 3).eval(), tiny_lm().tokenizer, config)
+    source = bildung.save(lm, tmp_path / "source")
+    lora(source, tmp_path / "out", Lora(data=data, steps=2, precision="fp32", max_length=32, rank=4, dora=True))
+    record = merge(tmp_path / "out", tmp_path / "merged", Merge())
+    assert record.measured["merged_matrices"] == 32
+    tokens = torch.tensor([[40, 41, 42, 43]]), torch.tensor([[258, 60, 61]])
+    with torch.no_grad():
+        merged, adapted = (bildung.load(tmp_path / name).model(*tokens) for name in ("merged", "out"))
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)

@@ -126,6 +126,9 @@ class ByRow(Delta):
             y_BLO = self._with(y_BLO, rows, delta(x_BLI[rows], y_BLO[rows]))
         return y_BLO
 
+    def applied(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight_OI, bias_O  # what a DoRA of one row stands on: the base, as when it is alone
+
     @staticmethod
     def _with(all_rows: Tensor, rows: list[int], new: Tensor) -> Tensor:
         return all_rows.index_copy(0, torch.tensor(rows, device=all_rows.device), new)

@@ -9,6 +9,7 @@ import torch
 
 import bildung
 from bildung.core.errors import AdapterError, DataError
+from bildung.model.dora import DoRA
 from bildung.model.ia3 import Rescale
 from bildung.model.linear import match_linears
 from bildung.model.low_rank import LowRank
@@ -17,12 +18,12 @@ from bildung.model.store import LanguageModel
 from bildung.model.virtual import Prompt, add_virtual
 from tests.model.tiny import tiny_lm, tokens
 
-NAMES = ["a", "b", "factors"]
+NAMES = ["a", "b", "factors", "dora"]
 
 
 @pytest.fixture
 def places(tmp_path: Path) -> dict[str, Path]:
-    """A base and three adapters on it: two LoRAs on other matrices and of other ranks, and factors of features."""
+    """A base and adapters on it: two LoRAs on other matrices and of other ranks, factors of features, and a DoRA."""
     base = bildung.save(tiny_lm(), tmp_path / "base")
     made = {"base": base}
     for name, target, rank in (("a", "q_proj", 2), ("b", "all", 5)):
@@ -40,6 +41,12 @@ def places(tmp_path: Path) -> dict[str, Path]:
         delta.factor.data.uniform_(0.2, 2.0, generator=torch.Generator().manual_seed(1))
         linear.deltas["default"] = delta
     made["factors"] = bildung.save(lm, tmp_path / "factors")
+    lm = bildung.load(base)
+    for linear in match_linears(lm.model, ("k_proj", "up_proj")).values():
+        update = LowRank(linear.in_features, linear.out_features, 3, 0.7)
+        update.lora_B.data.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(2))
+        linear.deltas["default"] = DoRA(linear, update)
+    made["dora"] = bildung.save(lm, tmp_path / "dora")
     return made
 
 
@@ -57,7 +64,7 @@ def alone(directory: Path, rows: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def test_switched(lm: LanguageModel, places: dict[str, Path]) -> None:
-    assert adapter_names(lm.model) == NAMES
+    assert sorted(adapter_names(lm.model)) == sorted(NAMES)
     for name in NAMES:
         bildung.use_adapters(lm.model, name)
         torch.testing.assert_close(lm.model(tokens()), alone(places[name], tokens()), atol=1e-5, rtol=1e-5)
@@ -77,12 +84,12 @@ def test_stacked_is_the_sum_of_what_they_add(lm: LanguageModel, places: dict[str
 
 @torch.no_grad()
 def test_rows_of_a_batch_answer_as_alone(lm: LanguageModel, places: dict[str, Path]) -> None:
-    rows = tokens(batch=5)
-    used = ["b", None, "factors", "a", "b"]
+    rows = tokens(batch=6)
+    used = ["b", None, "factors", "a", "dora", "b"]
     paths = {name for name, _ in lm.model.named_parameters()}
     with bildung.adapters_by_row(lm.model, used):
         together = lm.model(rows)
-        cache = lm.model.kv_cache(5, rows.shape[1])
+        cache = lm.model.kv_cache(6, rows.shape[1])
         steps = [lm.model(rows[:, i : i + 1], kv_cache=cache) for i in range(rows.shape[1])]
     for row, name in enumerate(used):
         expected = alone(places[name or "base"], rows[row : row + 1])[0]
@@ -111,7 +118,7 @@ def test_answers_side_by_side(lm: LanguageModel, places: dict[str, Path]) -> Non
 
 
 def test_bad_requests(lm: LanguageModel, places: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"no adapter is called 'c'.*a, b, factors"):
+    with pytest.raises(AdapterError, match=r"no adapter is called 'c'.*a, b, dora, factors"):
         bildung.use_adapters(lm.model, "c")
     with pytest.raises(AdapterError, match="no adapter is called 'x'"), bildung.adapters_by_row(lm.model, ["x"]):
         pass

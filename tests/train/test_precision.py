@@ -37,8 +37,10 @@ def test_what_is_computed_again_changes_no_loss(make_model, make_lora, batch_at,
     assert losses(make_lora(0.3), batch_at, recompute=recompute) == losses(make_lora(0.3), batch_at)
 
 
-# The compiler looks at gradients of tensors in the middle of a graph; its warning about itself would be an error here.
-ITS_OWN_WARNING = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+# The compiler warns of what it does itself, and warnings are errors here.
+ITS_OWN_WARNING = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning", "ignore:.torch.jit.script_method. is dep:DeprecationWarning"
+)
 
 
 @pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, NO_COMPILER])])

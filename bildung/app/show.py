@@ -119,7 +119,10 @@ def heading(shown: Shown) -> list[str]:
     if hasattr(config, "num_attention_heads"):
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         grouped = "" if shared == heads else f" ({shared} key-value head{'s' if shared > 1 else ''})"
-        sizes += [f"{heads} heads of {config.head_dim}{grouped}", f"feed-forward {config.intermediate_size}"]
+        sizes += [
+            f"{heads} heads of {config.head_dim}{grouped}",
+            f"feed-forward {config.intermediate_size}" if config.mlp else "no feed-forward",
+        ]
     if config.kind != "vision":
         sizes.append(f"vocabulary {config.vocab_size:,}")
     lines = [f"{shown.name}: {config.model_type}, {config.kind}, {parameters:,} parameters", "  " + ", ".join(sizes)]

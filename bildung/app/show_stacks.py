@@ -70,7 +70,9 @@ def _stack(shown: Shown, config: Any, prefix: str, name: str) -> Stack:
     before = [norm] if config.norm_placement != "post" else []
     after = [norm] if config.norm_placement == "sandwich" else []
     behind = [norm] if config.norm_placement == "post" else []
-    steps: list[Step] = [([[*before, attention, *after]], behind), ([[*before, mlp, *after]], behind)]
+    steps: list[Step] = [([[*before, attention, *after]], behind)]
+    if config.mlp:
+        steps.append(([[*before, mlp, *after]], behind))
     if config.parallel_residual:
         steps = [([[*before, attention, *after], [*before, mlp, *after]], [])]
     if config.cross:

@@ -55,13 +55,15 @@ class Block(nn.Module):
             memory_size = config.encoder.hidden_size if config.encoder else None
             self.cross_layernorm = norm_from(config)
             self.cross_attn = CrossAttention(config, taps, f"{site}.cross", layer, memory_size)
-        self.post_attention_layernorm = norm_from(config)
-        self.mlp = MLP(config, taps, f"{site}.mlp")
         sandwich = config.norm_placement == "sandwich"
         self.attn_out_layernorm = norm_from(config) if sandwich else None
-        self.mlp_out_layernorm = norm_from(config) if sandwich else None
         self.attn_scale = LayerScale(config.hidden_size) if config.layer_scale is not None else None
-        self.mlp_scale = LayerScale(config.hidden_size) if config.layer_scale is not None else None
+        self.attention_only = not config.mlp
+        if config.mlp:
+            self.post_attention_layernorm = norm_from(config)
+            self.mlp = MLP(config, taps, f"{site}.mlp")
+            self.mlp_out_layernorm = norm_from(config) if sandwich else None
+            self.mlp_scale = LayerScale(config.hidden_size) if config.layer_scale is not None else None
         self.cross = config.cross
         self.taps = taps
         self.pre_site, self.mid_site, self.cross_site, self.post_site = (
@@ -98,7 +100,8 @@ class Block(nn.Module):
                     x_BLD + self._drop(self._keeping("attention", self.cross_attn, x_BLD, memory, kv_cache))
                 )
                 x_BLD = self.taps(self.cross_site, x_BLD)
-            x_BLD = self.post_attention_layernorm(x_BLD + self._drop(self._keeping("mlp", self.mlp, x_BLD)))
+            if not self.attention_only:
+                x_BLD = self.post_attention_layernorm(x_BLD + self._drop(self._keeping("mlp", self.mlp, x_BLD)))
             return self.taps(self.post_site, x_BLD)
         entered_BLD = x_BLD
         normed_BLD = self.input_layernorm(x_BLD)
@@ -109,6 +112,8 @@ class Block(nn.Module):
             normed_BLD = self.cross_layernorm(x_BLD)
             x_BLD = x_BLD + self._drop(self._keeping("attention", self.cross_attn, normed_BLD, memory, kv_cache))
             x_BLD = self.taps(self.cross_site, x_BLD)
+        if self.attention_only:
+            return self.taps(self.post_site, x_BLD)
         normed_BLD = self.post_attention_layernorm(entered_BLD if self.parallel else x_BLD)
         added = self._keeping("mlp", self.mlp, normed_BLD)
         x_BLD = x_BLD + self._drop(self._shape(added, self.mlp_out_layernorm, self.mlp_scale))

@@ -106,6 +106,7 @@ class ModelConfig(BaseConfig):
     layer_scale: float | None = None  # where a learned factor per feature on what sublayers add starts; None: no factor
     drop_path: float = 0.0  # share of examples that skip a sublayer, in training only (Huang et al. 2016, 1603.09382)
     # Feed-forward
+    mlp: bool = True  # False: attention alone, the toy models of circuits (Elhage et al. 2021)
     hidden_act: str = "silu"
     gated: bool = True
     # Positions

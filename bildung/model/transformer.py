@@ -259,7 +259,9 @@ def stack_sites(config: ModelConfig, prefix: str = "") -> dict[str, str]:
     if config.cross:
         per_layer |= {f"cross.{word}": shape for word, shape in ATTENTION_SITES.items()}
         per_layer |= {"cross.k": "B S K H", "cross.v": "B S K H", "resid_cross": "B L D"}
-    per_layer |= {"mlp.in": "B L D", "mlp.act": "B L F", "mlp.out": "B L D", "resid_post": "B L D"}
+    if config.mlp:
+        per_layer |= {"mlp.in": "B L D", "mlp.act": "B L F", "mlp.out": "B L D"}
+    per_layer["resid_post"] = "B L D"
     sites = {f"{prefix}embed": "B L D"}
     if config.positions in ADDED:
         sites[f"{prefix}pos_embed"] = "B L D"

@@ -16,6 +16,7 @@ from bildung.model.build import build
 from bildung.model.config import ModelConfig, from_dict
 from bildung.model.families.bildung import CHOICES, ELSEWHERE
 from bildung.model.store import LanguageModel
+from bildung.model.taps import match_sites, observe
 from tests.model.tiny import tiny_lm
 
 SMALL: dict[str, Any] = dict(
@@ -45,6 +46,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "drop_path": dict(drop_path=0.1),
     "hidden_act": dict(hidden_act="relu"),
     "gated": dict(gated=False),
+    "mlp": dict(mlp=False),
     "positions": dict(positions="t5"),
     "rope": dict(rope={"theta": 500.0}),
     "local_rope": dict(local_rope={"theta": 500.0}, windows=[None, 4]),
@@ -115,6 +117,8 @@ def test_every_choice_reaches_the_model_and_the_directory(choice: str, tmp_path:
         ({"parallel_residual": True, "norm_placement": "post"}, "would do nothing"),
         ({"layer_scale": 0.1, "norm_placement": "post"}, "would do nothing"),
         ({"rotary_dim": 4, "positions": "t5"}, "would do nothing"),
+        ({"mlp": False, "intermediate_size": 50}, "would do nothing: there is no feed-forward layer"),
+        ({"mlp": False, "gated": True}, "would do nothing: there is no feed-forward layer"),
         ({"prefix_lm": "text", "causal": False}, "would do nothing: all tokens see all others"),
         ({"prefix_lm": "prose"}, "prefix_lm = 'prose'.*'text' or 'source'"),
         ({"local_rope": {"theta": 5.0}}, "no layer has a window"),
@@ -157,3 +161,17 @@ def test_peers_say_that_they_do_not_know_it(tmp_path: Path) -> None:
     out = bildung.save(made(), tmp_path / "out")
     with pytest.raises(ValueError, match="model type `bildung`"):
         transformers.AutoModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_attention_alone_is_the_stream_plus_what_attention_adds(placement: str) -> None:
+    lm = made(mlp=False, norm_placement=placement)
+    assert not [name for name in lm.model.linears() if "mlp" in name]
+    assert not any("mlp" in site for site in lm.model.sites)
+    with observe(lm.model, match_sites(lm.model, "layers.*")) as seen:
+        lm.model(TOKENS)
+    assert set(seen) == set(match_sites(lm.model, "layers.*"))  # every site that is listed exists
+    assert torch.equal(seen["layers.0.resid_post"], seen["layers.0.resid_mid"])
+    if placement == "pre":
+        added = seen["layers.0.resid_pre"] + seen["layers.0.attn.out"]
+        assert torch.equal(seen["layers.0.resid_post"], added)

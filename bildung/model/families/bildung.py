@@ -11,7 +11,7 @@
                   and `local_rope` {theta, kind, factor ...} (class Rope), `rotary_dim`
     norms         norm: rms layer batch; norm_eps (1e-5); norm_placement: pre post sandwich; embed_norm final_norm
                   layer_scale; parallel_residual; norm_offset (0), added to the norms' weights
-    feed-forward  hidden_act (layers.ACTIVATIONS), gated
+    feed-forward  hidden_act (layers.ACTIVATIONS), gated; mlp: false for attention alone
     attention     causal, windows (one per layer, null = all), qk_norm, attention_sinks, attention_scale and the caps;
                   prefix_lm: text source, a prompt seen in both directions (see model/prefix_lm.py)
     the rest      biases, dropouts, tie_word_embeddings, init, factors: as commented in model/config.py
@@ -41,6 +41,11 @@ CHOICES = [field.name for field in fields(ModelConfig) if field.name not in ELSE
 IDLE = (
     ("parallel_residual", lambda config: config.norm_placement == "post", "post-norm blocks have one stream to add to"),
     ("layer_scale", lambda config: config.norm_placement == "post", "it scales what pre-norm sublayers add"),
+    ("parallel_residual", lambda config: not config.mlp, "there is no feed-forward layer beside attention"),
+    ("gated", lambda config: not config.mlp, "there is no feed-forward layer"),
+    ("hidden_act", lambda config: not config.mlp and config.kind == "decoder", "there is no feed-forward layer"),
+    ("mlp_bias", lambda config: not config.mlp, "there is no feed-forward layer"),
+    ("activation_dropout", lambda config: not config.mlp, "there is no feed-forward layer"),
     ("rotary_dim", lambda config: config.positions != "rope", "nothing is rotated without RoPE"),
     ("local_rope", lambda config: config.positions != "rope", "nothing is rotated without RoPE"),
     ("rope", lambda config: config.positions != "rope", "nothing is rotated without RoPE"),
@@ -80,6 +85,8 @@ def config(keys: ConfigKeys) -> ModelConfig:
             given[name] = value
     if "head_dim" not in given:
         given["head_dim"] = per_head(hidden_size, heads)
+    if given.get("mlp") is False and "intermediate_size" in keys.raw:
+        raise ConfigError("config.json: intermediate_size would do nothing: there is no feed-forward layer (mlp).")
     for name in ("rope", "local_rope"):
         _check_names(name, given.get(name, {}))
         if isinstance(given.get(name), dict):  # what is stretched, where not said: the context of this model

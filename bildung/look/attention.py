@@ -95,7 +95,7 @@ def summary(numbers: dict[str, Any]) -> dict[str, Any]:
 
 def page(numbers: dict[str, Any], a: AttentionPatterns, b: AttentionPatterns | None, png: Path) -> str:
     """attention.html. Probabilities travel as bytes, steps of 1/255."""
-    patterns = {"a": _as_bytes(a.probs_NHLS)} | ({"b": _as_bytes(b.probs_NHLS)} if b else {})
+    patterns = {"a": as_bytes(a.probs_NHLS)} | ({"b": as_bytes(b.probs_NHLS)} if b else {})
     return render(
         "attention.html",
         script="attention.js",
@@ -106,6 +106,7 @@ def page(numbers: dict[str, Any], a: AttentionPatterns, b: AttentionPatterns | N
     )
 
 
-def _as_bytes(probs_NHLS: Tensor) -> str:
+def as_bytes(probs_NHLS: Tensor) -> str:
+    """Numbers from 0 to 1 as text for a page, one byte each."""
     steps = (probs_NHLS * 255).round().clamp(0, 255).byte()
     return base64.b64encode(steps.contiguous().numpy().tobytes()).decode()

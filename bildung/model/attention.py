@@ -134,6 +134,7 @@ class Attention(nn.Module):
         self.q_site, self.k_site, self.v_site, self.scores_site, self.probs_site, self.z_site, self.out_site = (
             f"{site}.{word}" for word in ("q", "k", "v", "scores", "probs", "z", "out")
         )
+        self.result_site = f"{site}.result"
 
     def forward(self, x_BLD: Tensor, rotation: Rotation | None, mask: Mask, kv_cache: KVCache | None) -> Tensor:
         B, L, _ = x_BLD.shape
@@ -160,7 +161,20 @@ class Attention(nn.Module):
         else:
             z_BNLH = self._kernel(q_BNLH, k_BKSH, v_BKSH, mask)
         z_BLNH = self.taps(self.z_site, z_BNLH.transpose(1, 2))
-        return self.taps(self.out_site, self.o_proj(z_BLNH.reshape(B, L, -1)))
+        out_BLD: Tensor = self.o_proj(z_BLNH.reshape(B, L, -1))
+        if self.taps.wanted(self.result_site):
+            # What each head adds is worked out for who asks. Only what he changed of it is added to the sum, so that
+            # looking, and changing nothing, leave the numbers as they are.
+            result_BLND = self.results(z_BLNH)
+            changed_BLND = self.taps(self.result_site, result_BLND)
+            if changed_BLND is not result_BLND:
+                out_BLD = out_BLD + (changed_BLND - result_BLND).sum(dim=2)
+        return self.taps(self.out_site, out_BLD)
+
+    def results(self, z_BLNH: Tensor) -> Tensor:
+        """What each head adds to the output, B L N D: its rows of z through its columns of W_O, without the bias."""
+        weight_DNH = self.o_proj.weight().to(z_BLNH.dtype).unflatten(1, z_BLNH.shape[-2:])
+        return torch.einsum("blnh,dnh->blnd", z_BLNH, weight_DNH)
 
     def _kernel(self, q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: Mask) -> Tensor:
         """The same by PyTorch's kernel."""

@@ -45,6 +45,7 @@ class KVCache:
         self.ahead = ahead
         self.max_length = max_length
         self.length = 0
+        self.prompt = 0  # columns of the first pass, from whose end taps count backwards
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +61,7 @@ class KVCache:
                 f"make it larger or the prompt and answer shorter."
             )
         if self.length == 0:
+            self.prompt = length
             self.prefix_BS = None if prefix_BL is None else F.pad(prefix_BL, (0, self.max_length - length))
         elif prefix_BL is not None:
             raise SettingsError(

@@ -144,6 +144,7 @@ class RecurrentLM(CausalLM):
         state = self.kv_cache(tokens_BL.shape[0], L) if kv_cache is None else kv_cache
         sequences = Sequences((tokens_BL.shape[0], L), keep_BL, segments_BL)
         config = self.config
+        self.taps.reads("", state.length, L, None if state.length else keep_BL)
         x = self.taps("embed", config.embed_scale * self.model.embed_tokens(tokens_BL).to(self.dtype))
         x = locked_dropout(x, config.embed_dropout, self.training)
         after: list[State] = []

@@ -2,8 +2,8 @@
 
     with observe(model, "layers.*.resid_post") as seen:          # read
         model(tokens)
-    with intervene(model, {"layers.3.resid_post": fn}):          # write: patching, ablation, steering, lenses
-        model(tokens)
+    with intervene(model, {"layers.3.attn.z[:, 5, 2]": fn}):     # write: patching, ablation, steering, lenses
+        model(tokens)                                            # position 5 of head 2: see selection.py
     attach(model, "layers.*.mlp.out", Bottleneck(64, 8))         # a module that stays, trains and is saved
 
 A block calls `self.taps(site, x)` at each named place; with nobody listening that is one attribute test (0.1 µs).
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +23,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bildung.core.errors import BadIntervention, NoSuchSite, nearest
-
-Tap = Callable[[Tensor], Tensor | None]
+from bildung.model.chosen import Chosen, Seen, Tap, check_kept, joined, never_read, seen_part, watch
+from bildung.model.selection import Place, Selection, parse
 
 
 class Taps:
@@ -32,6 +32,8 @@ class Taps:
 
     def __init__(self) -> None:
         self.listeners: dict[str, tuple[Tap, ...]] = {}
+        self.places: dict[str, Place] = {}  # what each stack reads in this pass, by the prefix of its sites
+        self.prompt: int | None = None  # columns of the prompt that is being answered
 
     def __call__(self, site: str, x: Tensor) -> Tensor:
         """`x`, or what the listeners of `site` made of it."""
@@ -40,17 +42,35 @@ class Taps:
         for tap in self.listeners.get(site, ()):
             changed = tap(x)
             if changed is not None:
-                if changed.shape != x.shape or changed.dtype != x.dtype:
-                    raise BadIntervention(
-                        f"the intervention at {site} returned {tuple(changed.shape)} {changed.dtype}; "
-                        f"it must keep the shape and type it was given: {tuple(x.shape)} {x.dtype}."
-                    )
+                check_kept(site, changed, x)
                 x = changed
         return x
 
     def wanted(self, *sites: str) -> bool:
         """Whether anybody listens at one of the sites (attention then takes its explicit path)."""
         return bool(self.listeners) and any(site in self.listeners for site in sites)
+
+    def reads(self, prefix: str, past: int, length: int, keep_BS: Tensor | None, prompt: int | None = None) -> None:
+        """A stack begins to read; selections of positions ask for it. No more than an attribute test when idle."""
+        if self.listeners:
+            answered = prompt if self.prompt is None or prefix == "encoder." else self.prompt
+            self.places[prefix] = Place(past, length, keep_BS, answered)
+
+    def place(self, site: str, keys: bool = False) -> Place | None:
+        """What is read where `site` is: the queries of its stack, or its keys; None where nothing is said of it."""
+        prefix = next((one for one in ("encoder.", "decoder.") if site.startswith(one)), "")
+        if keys and ".cross." in site:
+            prefix = "encoder."
+        return self.places.get(prefix) or self.places.get("" if keys else "decoder.")
+
+    @contextmanager
+    def answering(self, prompt: int) -> Iterator[None]:
+        """Inside the block a prompt of so many columns is answered, with a cache or without."""
+        before, self.prompt = self.prompt, prompt
+        try:
+            yield
+        finally:
+            self.prompt = before
 
     @contextmanager
     def attached_only(self) -> Iterator[None]:
@@ -142,39 +162,98 @@ def match_sites(model: nn.Module, pattern: str | Sequence[str]) -> list[str]:
 
 
 @contextmanager
-def observe(model: nn.Module, pattern: str | Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def observe(model: nn.Module, pattern: str | Sequence[str], *, gradients: bool = False) -> Iterator[Seen]:
     """Collect activations: yields a dict that each forward pass inside the block fills with site -> tensor.
 
     The tensors are the model's own (not copied, not detached): gradients flow if the forward pass records them.
-    A later forward pass overwrites an earlier one's.
+    A later forward pass overwrites an earlier one's; but what is chosen by a selection (see selection.py) is joined
+    along its positions while one text is read piece by piece, so `[:, :]` at a site is all of a generated answer's.
+    gradients: `seen.gradients` gets, at each backward pass, its gradient at every site; the weights may be frozen.
+    Raises NoSuchSite; BadIntervention for two selections at one site, for a selection whose rows do not come together,
+    and for gradients where none are recorded.
     """
-    seen: dict[str, Tensor] = {}
+    seen, taps = Seen(), _taps(model)
+    chosen = match_selections(model, pattern)
+    if double := next((site for n, (site, _) in enumerate(chosen) if site in dict(chosen[:n])), ""):
+        raise BadIntervention(f"{double} is observed with two selections; observe them one after the other.")
 
-    def keep(site: str) -> Tap:
+    def keep(site: str, selection: Selection | None, shape: str) -> Tap:
         def tap(x: Tensor) -> None:
-            seen[site] = x
+            part = x if selection is None else seen_part(taps, site, shape, selection, x)
+            if gradients:
+                watch(x, lambda grad: seen.gradients.__setitem__(site, grad if part is x else _again(grad)), site)
+            if part is None:
+                return
+            place, axis = taps.place(site), shape.split().index("L") if "L" in shape.split() else None
+            if selection is not None and axis is not None and site in seen and place is not None and place.past:
+                part = joined(seen[site], part, min(axis, part.ndim - 1), site, selection)
+            seen[site] = part
+
+        def _again(grad: Tensor) -> Tensor:
+            found = None if selection is None else seen_part(taps, site, shape, selection, grad)
+            return grad if found is None else found
 
         return tap
 
-    with _listening(model, [(site, keep(site)) for site in match_sites(model, pattern)]):
+    shapes = sites(model)
+    readers = [(site, keep(site, selection, shapes[site])) for site, selection in chosen]
+    with _listening(model, readers):
         yield seen
+        for site, selection in chosen:
+            if selection is not None and site not in seen and (place := taps.place(site)) is not None:
+                raise never_read(site, selection, place)
 
 
 @contextmanager
 def intervene(model: nn.Module, edits: Mapping[str, Tap]) -> Iterator[None]:
     """Change activations: pattern -> function of the activation; it returns the new one, or None to leave it.
 
-    Functions must be pure (compile and activation checkpointing may run them again) and keep shape and dtype. Where
-    several patterns fit a site, their functions apply one after the other. Patching an activation with itself changes
-    nothing, bit for bit.
+    With a selection (see selection.py) the function gets, and returns, the chosen part; it is called when a pass holds
+    one of the chosen positions. Functions must be pure (compile and activation checkpointing may run them again) and
+    keep shape and dtype. Where several patterns fit a site, their functions apply one after the other. Patching an
+    activation with itself changes nothing, bit for bit. Raises NoSuchSite, also after the block, for chosen positions
+    that no pass has read.
     """
-    with _listening(model, [(site, fn) for pattern, fn in edits.items() for site in match_sites(model, pattern)]):
+    taps, shapes, listeners = _taps(model), sites(model), []
+    chosen: list[Chosen] = []
+    for pattern, function in edits.items():
+        for site, selection in match_selections(model, pattern):
+            if selection is not None:
+                chosen.append(Chosen(taps, site, shapes[site], selection, function))
+                function_here: Tap = chosen[-1]
+            else:
+                function_here = function
+            listeners.append((site, function_here))
+    with _listening(model, listeners):
         yield
+        for one in chosen:
+            one.check_met()
+
+
+def match_selections(model: nn.Module, pattern: str | Sequence[str]) -> list[tuple[str, Selection | None]]:
+    """The sites that fit, each with the selection of its pattern. Raises NoSuchSite, also for a wrong selection."""
+    found: list[tuple[str, Selection | None]] = []
+    shapes = sites(model)
+    for one in [pattern] if isinstance(pattern, str) else pattern:
+        name, selection = parse(one)
+        for site in match_sites(model, name):
+            if selection is not None:
+                selection.axes(site, shapes[site])
+            if (site, selection) not in found:
+                found.append((site, selection))
+    order = {site: n for n, site in enumerate(shapes)}
+    return sorted(found, key=lambda pair: order[pair[0]])
+
+
+def _taps(model: nn.Module) -> Taps:
+    _check_model(model)
+    return model.taps  # type: ignore[return-value]
 
 
 @contextmanager
 def _listening(model: nn.Module, listeners: Sequence[tuple[str, Tap]]) -> Iterator[None]:
-    taps: Taps = model.taps  # type: ignore[assignment]
+    taps = _taps(model)
+    taps.places = {}
     for site, tap in listeners:
         taps.add(site, tap)
     try:

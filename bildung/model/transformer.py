@@ -182,10 +182,19 @@ class Backbone(Stack):
             )
         if self.virtual is not None:
             reading = self.virtual.before(self, reading, dtype)
+        self._say_place(past, L, keep_BL, kv_cache)
         h_BLD = self.run(self.embed(tokens_BL, reading.positions_BL, types_BL, dtype), reading, memory)
         if kv_cache is not None:
             kv_cache.length += L
         return h_BLD
+
+
+    def _say_place(self, past: int, length: int, keep_BL: Tensor | None, kv_cache: KVCache | None) -> None:
+        """Tell the taps which tokens this pass reads; virtual ones do not count."""
+        if kv_cache is None:
+            return self.taps.reads(self.prefix, past, length, keep_BL)
+        keep_BS = None if kv_cache.all_kept else kv_cache.keep_BS[:, self.ahead : self.ahead + past + length]
+        return self.taps.reads(self.prefix, past, length, keep_BS, kv_cache.prompt)
 
 
 class Decoder(CausalLM):
@@ -248,6 +257,7 @@ ATTENTION_SITES = {
     "scores": "B N L S",
     "probs": "B N L S",
     "z": "B L N H",
+    "result": "B L N D",
     "out": "B L D",
 }
 

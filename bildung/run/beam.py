@@ -168,7 +168,8 @@ def beam_search(
     tokens_BL, keep_BL = pad_left(prompts, model.device)
     kv_cache = model.kv_cache(len(prompts), tokens_BL.shape[1] + new_tokens - 1)
     conditioned, source_R = model, list(range(len(prompts)))
-    with working(model, pack=new_tokens >= WORTH_PACKING), _covering(model, beam) as coverage:
+    answering = model.taps.answering(tokens_BL.shape[1])
+    with working(model, pack=new_tokens >= WORTH_PACKING), answering, _covering(model, beam) as coverage:
         prefix_BL = prefix_of(model, tokens_BL, keep_BL)
         logits_RV = last_logits(model, tokens_BL, keep_BL, positions_of(keep_BL), kv_cache, prefix_BL)
         for count in range(1, new_tokens + 1):

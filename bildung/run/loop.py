@@ -109,7 +109,7 @@ def decode_steps(
         kv_cache = model.kv_cache(len(prompts), tokens_BL.shape[1] + new_tokens - 1)
     ids = [list(prompt) for prompt in prompts]
     running = [True] * len(prompts)
-    with working(model, pack=new_tokens >= WORTH_PACKING):
+    with working(model, pack=new_tokens >= WORTH_PACKING), model.taps.answering(tokens_BL.shape[1]):
         logits_BV = last_logits(model, tokens_BL[:, past:], keep_BL, positions_of(keep_BL), kv_cache, prefix_BL)
         for count in range(1, new_tokens + 1):
             logits_BV = apply(rules, logits_BV, ids)

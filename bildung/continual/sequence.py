@@ -28,7 +28,7 @@ from bildung.core.settings import settings
 from bildung.data.batches import Shuffled
 from bildung.model.store import LanguageModel, load, write_model
 from bildung.train.training import COMPUTE, Training, check_continues_text, run
-from bildung.tune.classify import with_classifier
+from bildung.tune.classifier_head import with_classifier
 from bildung.tune.instruction import base_of
 
 

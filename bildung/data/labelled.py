@@ -1,11 +1,18 @@
-"""Texts with a class each, and batches of them: rows {"text": ..., "label": ...}, or two texts judged together."""
+"""Texts with what is to be told of them, and batches of them: rows {"text": ..., "label": ...}, or two texts together.
 
-# B texts, L tokens per row
+single_label   "label": "good"               one class of each text      -> its number
+multi_label    "label": ["good", "long"]     those that hold, or []      -> 0.0 or 1.0 for every label
+regression     "label": 3.5                  a number                    -> itself
+"""
+
+# B texts, L tokens per row, C classes or labels
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +23,16 @@ from bildung.data.sources import rows
 from bildung.tokens.frames import Frame, Framed, encode_sentence, frame_of
 from bildung.tokens.tokenizer import Tokenizer
 
+Problem = Literal["single_label", "multi_label", "regression"]
+
 
 @dataclass(frozen=True)
 class Labelled:
-    """texts (each with its second text or None) and, for each, the number of its class in `classes`."""
+    """texts (each with its second text or None) and, for each, its label: the number of its class in `classes`, or a
+    tuple of floats (multi_label: one per class; regression: one)."""
 
     texts: list[tuple[str, str | None]]
-    labels: list[int]
+    labels: list[Any]
     classes: tuple[str, ...]
     notes: list[str]
 
@@ -34,10 +44,22 @@ class Labelled:
         texts, labels = [self.texts[place] for place in places], [self.labels[place] for place in places]
         return Labelled(texts, labels, self.classes, self.notes)
 
+    def absent(self) -> list[str]:
+        """The classes that none of these texts has."""
+        if any(isinstance(one, tuple) for one in self.labels):
+            return [
+                name
+                for name, column in zip(self.classes, zip(*self.labels, strict=True), strict=True)
+                if not any(column)
+            ]
+        there = set(self.labels)
+        return [name for number, name in enumerate(self.classes) if number not in there]
+
 
 @dataclass(frozen=True)
 class TextBatch:
-    """tokens_BL; keep_BL bool, False = padding; types_BL the segment of each token; labels_B numbers of classes."""
+    """tokens_BL; keep_BL bool, False = padding; types_BL the segment of each token; labels_B numbers of classes (BC
+    floats for several labels or a number)."""
 
     tokens_BL: Tensor
     keep_BL: Tensor
@@ -65,51 +87,98 @@ def read_labelled(
     label: str = "label",
     limit: int | None = None,
     classes: Sequence[str] | None = None,
+    problem: Problem = "single_label",
 ) -> Labelled:
     """The labelled texts of `source`, from these columns.
 
     classes: the classes to expect, by name or number (default: those that occur, numbers in their order, then names in
-    theirs). Raises DataError for a label that is none of them.
+    theirs). Raises DataError for labels that are none of them.
     """
+    read_label = {"single_label": _one_class, "multi_label": _several, "regression": _number}[problem]
 
-    def usable(row: Row) -> tuple[str, str | None, str | int]:
+    def usable(row: Row) -> tuple[str, str | None, Any]:
         texts = [row.get(name) for name in (text, second) if name is not None]
         for name, value in zip((text, second), texts, strict=False):
             if not isinstance(value, str) or not value.strip():
                 raise Unusable(f"no text in {name!r}")
-        its = row.get(label)
-        if not isinstance(its, str | int) or its == "":
-            raise Unusable(f"no class in {label!r}")
-        return str(texts[0]), str(texts[1]) if second is not None else None, int(its) if isinstance(its, bool) else its
+        return str(texts[0]), str(texts[1]) if second is not None else None, read_label(row.get(label), label)
 
     found = rows(source).then(usable, limit)
     read = list(found)
-    occurring = {its for *_, its in read}
+    texts = [(first, other) for first, other, _ in read]
+    notes = [f"{source}: {report}"] if (report := found.report()) else []
+    if problem == "regression":
+        return Labelled(texts, [its for *_, its in read], (label,), notes)
+    held = [its if isinstance(its, tuple) else (its,) for *_, its in read]
+    occurring = {one for its in held for one in its}
     ordered = sorted(occurring, key=lambda its: (isinstance(its, str), its if isinstance(its, int) else 0, str(its)))
     names = tuple(classes) if classes is not None else tuple(dict.fromkeys(map(str, ordered)))
+    if unknown := [str(its) for its in ordered if str(its) not in names]:
+        some = ", ".join(map(repr, unknown[:10])) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+        raise DataError(
+            f"{source}: the class{'es' if len(unknown) > 1 else ''} {some} {'are' if len(unknown) > 1 else 'is'} none "
+            f"of the {len(names)} known: {', '.join(names[:10])}. {nearest(unknown[0], names)}".rstrip()
+        )
     numbers = {name: number for number, name in enumerate(names)}
-    for its in ordered:
-        if str(its) not in numbers:
-            raise DataError(
-                f"{source}: the class {its!r} is none of the {len(names)} known: {', '.join(names[:10])}. "
-                f"{nearest(str(its), names)}".rstrip()
-            )
+    if problem == "multi_label":
+        if not names:
+            raise DataError(f"{source}: no text has any label in {label!r}.")
+        sets = [{numbers[str(one)] for one in its} for its in held]
+        return Labelled(texts, [tuple(float(c in its) for c in range(len(names))) for its in sets], names, notes)
     if len(names) < 2:
         raise DataError(f"{source}: the only class is {names[0]!r}; at least two are needed.")
-    notes = [f"{source}: {report}"] if (report := found.report()) else []
-    return Labelled([(a, b) for a, b, _ in read], [numbers[str(its)] for *_, its in read], names, notes)
+    return Labelled(texts, [numbers[str(its)] for (its,) in held], names, notes)
+
+
+def check_same_classes(data: str, test: str, final: Labelled, limit: int | None) -> list[str]:
+    """Raises DataError for classes of `data` that none of the texts to measure on, `final`, has: figures would leave
+    them out. (Classes that only these have are refused as they are read.) Where a limit cut them off: notes of it.
+    """
+    if not (absent := final.absent()):
+        return []
+    names = ", ".join(map(repr, absent[:10])) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
+    if limit is None:
+        raise DataError(
+            f"the classes differ: {data} has {names}, which no text of {test} has; measure on texts of all classes, or "
+            f"keep some of {data} out of training with held_out."
+        )
+    return [f"of the first {limit} texts of {test} none has {names}"]
+
+
+def _one_class(value: Any, label: str) -> str | int:
+    if not isinstance(value, str | int) or value == "":
+        raise Unusable(f"no class in {label!r}")
+    return int(value) if isinstance(value, bool) else value
+
+
+def _several(value: Any, label: str) -> tuple[str | int, ...]:
+    if not isinstance(value, list | tuple) or not all(
+        isinstance(one, str | int) and not isinstance(one, bool) and one != "" for one in value
+    ):
+        raise Unusable(f"no list of labels in {label!r}")
+    return tuple(value)
+
+
+def _number(value: Any, label: str) -> tuple[float]:
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise Unusable(f"no number in {label!r}")
+    return (number,)
 
 
 def encode_labelled(
     tokenizer: Tokenizer, data: Labelled, max_length: int, frame: Frame | None = None
-) -> list[tuple[Framed, int]]:
-    """Each text in its frame (default: that of an encoder), cut to `max_length` tokens, with its class."""
+) -> list[tuple[Framed, Any]]:
+    """Each text in its frame (default: that of an encoder), cut to `max_length` tokens, with its label."""
     frame = frame_of(tokenizer) if frame is None else frame
     framed = (encode_sentence(tokenizer, frame, first, second, max_length) for first, second in data.texts)
     return list(zip(framed, data.labels, strict=True))
 
 
-def pad_texts(items: Sequence[tuple[Framed, int]], pad_id: int | None, multiple: int = 8) -> TextBatch:
+def pad_texts(items: Sequence[tuple[Framed, Any]], pad_id: int | None, multiple: int = 8) -> TextBatch:
     """One text per row, padded on the right to the longest, rounded up to a multiple."""
     shape = (len(items), -(-max(len(framed.tokens) for framed, _ in items) // multiple) * multiple)
     tokens_BL, types_BL = torch.full(shape, pad_id or 0, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
@@ -121,6 +190,6 @@ def pad_texts(items: Sequence[tuple[Framed, int]], pad_id: int | None, multiple:
     return TextBatch(tokens_BL, keep_BL, types_BL, torch.tensor([label for _, label in items]))
 
 
-def text_batches(items: Sequence[tuple[Framed, int]], size: int, pad_id: int | None) -> Iterator[TextBatch]:
+def text_batches(items: Sequence[tuple[Framed, Any]], size: int, pad_id: int | None) -> Iterator[TextBatch]:
     """All of them once, in their order."""
     return (pad_texts(items[start : start + size], pad_id) for start in range(0, len(items), size))

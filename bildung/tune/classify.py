@@ -5,9 +5,16 @@
 
     bildung tune classify lives/bert/base OUT --data nursery:imdb --test nursery:imdb/test
 
-What a model has of the head's parts is kept (BERT's pooler), the rest starts at random. The accuracy on texts that were
-not trained on stands beside that of always naming the most frequent class, with how well the probabilities are
-calibrated (evaluate/classification.py). `tune classify_words` lets a decoder write its answer instead.
+What is told of a text is one class, any number of labels, or a number (tune/told.py):
+
+    problem         label column        head                loss                    figures
+    single_label    "good"              softmax             -log p(class)           accuracy, F1, calibration
+    multi_label     ["good", "long"]    sigmoid of each     binary cross-entropy    micro and macro F1, exact sets
+    regression      3.5                 one number          squared error           MSE, Pearson, Spearman
+
+What a model has of the head's parts is kept (BERT's pooler), the rest starts at random. The figures are of texts that
+were not trained on, beside those of a guess that does not read (always the most frequent class). `tune classify_words`
+lets a decoder write its answer instead.
 
 The head always trains. method says what else does: all of the model, or a LoRA, (IA)³ or BitFit on its layers, which
 are merged into the result: it is an ordinary directory whatever the method.
@@ -15,7 +22,6 @@ are merged into the result: it is an ordinary directory whatever the method.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,23 +36,29 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.batches import Shuffled
-from bildung.data.labelled import Labelled, TextBatch, encode_labelled, pad_texts, read_labelled, text_batches
+from bildung.data.labelled import (
+    Labelled,
+    Problem,
+    TextBatch,
+    check_same_classes,
+    encode_labelled,
+    pad_texts,
+    read_labelled,
+    text_batches,
+)
 from bildung.data.sources import fingerprint
-from bildung.evaluate.classification import classification_figures, confusion_table
-from bildung.model.build import build
-from bildung.model.config import from_dict
 from bildung.model.decoder_classifier import DecoderClassifier
-from bildung.model.names import architecture, family_of
-from bildung.model.store import LanguageModel, load, write_model
+from bildung.model.store import load, write_model
 from bildung.pretrain.birth import set_aside
 from bildung.tokens.frames import decoder_frame
-from bildung.train.classify import Classify
 from bildung.train.optim import ScheduleName
 from bildung.train.training import COMPUTE, Training, check_ranges, check_trainable, run
 from bildung.tune import bitfit, ia3, lora
+from bildung.tune.classifier_head import with_classifier
 from bildung.tune.ia3 import Options as Ia3
 from bildung.tune.lora import Options as Lora
 from bildung.tune.merge import fold_deltas
+from bildung.tune.told import TOLD
 
 
 @settings_class
@@ -54,12 +66,13 @@ class Settings(Training):
     """Text classification."""
 
     data: str  # rows with a text and its class
+    problem: Problem = "single_label"  # what is told of a text: one class, any number of labels, or a number
     test: str | None = None  # rows to measure on; default: those of `held_out`
     held_out: int = 0  # rows kept out of training, to measure on
     limit: int | None = None  # use only the first so many rows
     text: str = "text"  # column of the text
     second: str | None = None  # column of a second text, for pairs to be judged together
-    label: str = "label"  # column of the class, a number or a name
+    label: str = "label"  # column of the class, a number or a name; of the list of labels; of the number
     max_length: int = 128  # tokens of a text, special ones included; longer ones are cut
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
     balance: bool = False  # rare classes weigh more, so that all count the same
@@ -79,8 +92,9 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
 
     Raises SettingsError, DataError and TrainingError, each saying what does not fit.
     """
-    source = Path(source)
+    source, told = Path(source), TOLD[settings.problem]
     check_ranges(settings)
+    told.check(settings.label_smoothing, settings.balance)
     if settings.test is None and settings.evaluate_every and not settings.held_out:
         raise SettingsError(f"evaluate_every = {settings.evaluate_every} needs texts to measure on: give held_out.")
     check_method(settings)
@@ -95,8 +109,12 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
         dtype = load(source).model.weight_dtype
         data = read(settings, settings.data, None)
         train, aside = split(data, settings)
-        final = aside if settings.test is None else read(settings, settings.test, data.classes)
-        lm = with_classifier(job, lm, data.classes, settings.seed)
+        final = aside
+        if settings.test is not None:
+            final = read(settings, settings.test, data.classes)
+            if settings.problem != "regression":
+                job.notes += check_same_classes(settings.data, settings.test, final, settings.limit)
+        lm = with_classifier(job, lm, data.classes, settings.seed, settings.problem)
         frame = decoder_frame(lm.tokenizer) if lm.config.kind == "classifier" else None
         longest, pad_id = min(settings.max_length, lm.config.max_position_embeddings), lm.tokenizer.pad_id
         encoded = {
@@ -106,8 +124,7 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
         }
         choose_trained(lm.model, settings)
         lm.model.compute_dtype = COMPUTE[settings.precision]
-        weights = balanced(train) if settings.balance else None
-        objective = Classify(text_logits, settings.label_smoothing, weights)
+        objective = told.objective(text_logits, train, settings.label_smoothing, settings.balance)
         cut = sum(len(framed.tokens) == longest for framed, _ in encoded["train"])
         run(
             job,
@@ -115,14 +132,14 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
             settings,
             Shuffled(encoded["train"], settings.batch_size, settings.seed, partial(pad_texts, pad_id=pad_id)),
             objective,
-            what=f"{len(train):,} texts of {len(data.classes)} classes, {cut:,} of them filling {longest} tokens",
+            what=f"{len(train):,} texts {told.what(data.classes)}, {cut:,} of them filling {longest} tokens",
             held_out=list(text_batches(encoded.get("aside", []), 64, pad_id)),
             notes=data.notes,
         )
         if final is not None:
-            logp_NC = class_logprobs(lm.model, text_batches(encoded["final"], 64, pad_id))
-            job.measured |= figures(logp_NC, train, final)
-            print(shown(job), confusion_table(job.measured, train.classes), sep="\n")
+            logits_NC = all_logits(lm.model, text_batches(encoded["final"], 64, pad_id))
+            job.measured |= told.figures(logits_NC, train, final)
+            print(told.shown(job.measured))
         lm.model.compute_dtype = None
         if settings.method == "full":
             lm.model.to(dtype)
@@ -170,22 +187,16 @@ def text_logits(model: Any, batch: TextBatch) -> Tensor:
 
 
 @torch.no_grad()
-def class_logprobs(model: Any, batches: Iterable[TextBatch]) -> Tensor:
-    """log p(class) of every text, NC, float32."""
+def all_logits(model: Any, batches: Iterable[TextBatch]) -> Tensor:
+    """The logits of every text, NC, float32."""
     model.eval()
-    return torch.cat([text_logits(model, batch.to(model.device)).float().log_softmax(-1).cpu() for batch in batches])
-
-
-def balanced(train: Labelled) -> tuple[float, ...]:
-    """N / (C · N_c) for each class: all count the same."""
-    counts = Counter(train.labels)
-    return tuple(len(train) / (len(counts) * counts[c]) if counts[c] else 0.0 for c in range(len(train.classes)))
+    return torch.cat([text_logits(model, batch.to(model.device)).float().cpu() for batch in batches])
 
 
 def read(settings: Settings, source: str, classes: Sequence[str] | None) -> Labelled:
     """The labelled texts of a source, from the columns that the settings name."""
     columns: dict[str, Any] = {"text": settings.text, "second": settings.second, "label": settings.label}
-    return read_labelled(source, limit=settings.limit, classes=classes, **columns)
+    return read_labelled(source, limit=settings.limit, classes=classes, problem=settings.problem, **columns)
 
 
 def split(data: Labelled, settings: Settings) -> tuple[Labelled, Labelled | None]:
@@ -194,55 +205,3 @@ def split(data: Labelled, settings: Settings) -> tuple[Labelled, Labelled | None
         return data, None
     kept, aside = set_aside(range(len(data)), settings.held_out, settings.seed)
     return data.take(kept), data.take(aside)
-
-
-def with_classifier(job: Job, lm: LanguageModel, classes: Sequence[str], seed: int) -> LanguageModel:
-    """The model with a head for these classes; a head for the same classes is kept. Other heads are left out."""
-    known = lm.config.raw.get("id2label") or {}
-    names = {str(number): name for number, name in enumerate(classes)}
-    if known == names and any(getattr(lm.model, head, None) is not None for head in ("classifier", "score")):
-        return lm
-    headed = _class_with_head(lm.config)
-    numbers = {name: number for number, name in enumerate(classes)}
-    raw = {key: value for key, value in lm.config.raw.items() if key != "num_labels"}
-    if lm.config.kind != "encoder" and lm.tokenizer.pad_id is not None:
-        raw.setdefault("pad_token_id", lm.tokenizer.pad_id)  # transformers finds the last token by it
-    config = from_dict({**raw, "architectures": [headed], "id2label": names, "label2id": numbers})
-    model = build(config, seed)
-    old, new = lm.model.state_dict(), model.state_dict()
-    kept = {name: old[name] for name in new if name in old and not name.startswith(("classifier.", "score."))}
-    model.load_state_dict(kept, strict=False)
-    fresh = sorted({name.partition(".")[0] for name in new if name not in kept})
-    gone = sorted({name.partition(".")[0] for name in old if name not in new})
-    job.notes.append(f"started at random: {', '.join(fresh)}" + (f"; left out: {', '.join(gone)}" if gone else ""))
-    return replace(lm, model=model, config=config)
-
-
-def _class_with_head(config: Any) -> str:
-    """transformers' class of this family with a classification head."""
-    family = family_of(config)
-    if config.kind != "encoder":
-        return architecture(replace(config, kind="classifier"))
-    classes: dict[str, tuple[str, ...]] = family.FILES.classes
-    return next(name for name, heads in classes.items() if any(head.startswith("classify") for head in heads))
-
-
-def figures(logp_NC: Tensor, train: Labelled, final: Labelled) -> dict[str, Any]:
-    """Those of evaluate/classification.py, beside the accuracy of always naming training's most frequent class."""
-    most = Counter(train.labels).most_common(1)[0][0]
-    return {
-        **classification_figures(logp_NC, final.labels, train.classes),
-        "majority_class": train.classes[most],
-        "majority_accuracy": final.labels.count(most) / len(final),
-        "test_texts": len(final),
-        "classes": list(train.classes),
-    }
-
-
-def shown(job: Job) -> str:
-    """The figures in words."""
-    m = job.measured
-    return (
-        f"of {m['test_texts']:,} texts: accuracy {m['accuracy']:.3f} ± {m['accuracy_stderr']:.3f} "
-        f"(always {m['majority_class']!r}: {m['majority_accuracy']:.3f}), calibration error {m['ece']:.3f}"
-    )

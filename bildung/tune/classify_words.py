@@ -27,7 +27,7 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.batches import Shuffled, pad
 from bildung.data.examples import Example
-from bildung.data.labelled import Labelled, read_labelled
+from bildung.data.labelled import Labelled, check_same_classes, read_labelled
 from bildung.data.sources import fingerprint
 from bildung.evaluate.classification import classification_figures, confusion_table
 from bildung.evaluate.likelihood import encode_pair, evaluating, score
@@ -162,6 +162,7 @@ def _parts(data: Labelled, given: Settings) -> tuple[Labelled, Labelled | None]:
         final = read_labelled(
             given.test, text=given.text, label=given.label, classes=data.classes, limit=given.test_limit
         )
+        data.notes.extend(check_same_classes(given.data, given.test, final, given.test_limit))
     return train, final
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,13 @@ import transformers
 
 import bildung
 from bildung.core.errors import DataError, SettingsError
+from bildung.core.operation import Job
 from bildung.core.settings import resolve
-from bildung.tune.classify import Settings, balanced, classify, read
+from bildung.data.labelled import Labelled, encode_labelled, pad_texts, read_labelled
+from bildung.tokens.frames import decoder_frame
+from bildung.tune.classifier_head import with_classifier
+from bildung.tune.classify import Settings, classify, read, text_logits
+from bildung.tune.told import TOLD, balanced, yes_weights
 from tests.contract.test_families import made
 from tests.model.tiny_encoder import tiny_encoder
 
@@ -86,6 +92,9 @@ def test_a_test_set_of_its_own(rows: str, tmp_path: Path) -> None:
     other.write_text('{"text": "a", "label": "bird"}\n{"text": "a", "label": "cat"}')
     with pytest.raises(DataError, match="'bird' is none of the 2 known"):
         classify(source, tmp_path / "no", given(rows, test=str(other)))
+    other.write_text('{"text": "a", "label": "cat"}\n' * 3)
+    with pytest.raises(DataError, match=r"the classes differ: .*'dog', which no text of"):
+        classify(source, tmp_path / "no", given(rows, test=str(other)))
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -154,3 +163,77 @@ def test_settings_of_another_method_are_refused(rows: str, tmp_path: Path) -> No
     source = bildung.save(tiny_encoder("BertModel"), tmp_path / "source")
     with pytest.raises(SettingsError, match="settings of lora were given, and method is 'full'"):
         classify(source, tmp_path / "out", given(rows, lora={"rank": 4}))
+
+
+def written(path: Path, made: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(map(json.dumps, made)))
+    return str(path)
+
+
+def judged(draw: random.Random) -> list[dict[str, Any]]:
+    """Texts with the labels that they hold, and a number that the words make."""
+    made: list[dict[str, Any]] = []
+    for _ in range(160):
+        there = [name for name in ("cat", "dog", "mat") if draw.random() < 0.4]
+        text = " ".join(draw.choices("the sat ran big red saw".split(), k=4) + there)
+        made.append({"text": text, "labels": there, "score": 2.0 * ("cat" in there) - 1.5 * ("dog" in there) + 0.5})
+    return made
+
+
+PROBLEMS = {
+    "multi_label": ("labels", "multi_label_classification"),
+    "regression": ("score", "regression"),
+}
+
+
+@pytest.mark.parametrize(("problem", "kind"), [("multi_label", "encoder"), ("regression", "decoder")])
+def test_labels_and_numbers_are_learned_and_transformers_gives_the_same_logits_and_loss(
+    problem: str, kind: str, tmp_path: Path, tiny_lm_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tiny_lm_directory
+    if kind == "encoder":
+        source = bildung.save(tiny_encoder("BertModel"), tmp_path / "source")
+    label, problem_type = PROBLEMS[problem]
+    data = written(tmp_path / "judged.jsonl", judged(random.Random(0)))
+    settings = given(data, problem=problem, label=label, steps=80, learning_rate=6e-3, held_out=40)
+    record = classify(source, tmp_path / "out", settings)
+    found = record.measured
+    if problem == "regression":
+        assert found["mse"] < found["mean_mse"] / 3 and found["pearson"] > 0.8 and found["spearman"] > 0.8
+        assert "Pearson 0." in capsys.readouterr().out
+    else:
+        assert found["micro_f1"] > 0.6 and found["macro_f1"] > 0.5 and found["exact"] > found["majority_exact"]
+        assert set(found["per_label"]) == {"cat", "dog", "mat"} and "label  texts" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["problem_type"] == problem_type and len(config["id2label"]) == (3 if problem == "multi_label" else 1)
+    lm = bildung.load(tmp_path / "out")
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    read_again = read_labelled(data, label=label, problem=problem).take(range(5))  # type: ignore[arg-type]
+    frame = decoder_frame(lm.tokenizer) if kind == "decoder" else None
+    batch = pad_texts(encode_labelled(lm.tokenizer, read_again, 32, frame), lm.tokenizer.pad_id)
+    with torch.no_grad():
+        loss = TOLD[problem].objective(text_logits, read_again, 0.0, False)(lm.model.eval(), batch)
+        its = peer(batch.tokens_BL, attention_mask=batch.keep_BL.long(), labels=batch.labels_B)
+        assert torch.allclose(its.logits, text_logits(lm.model, batch), atol=1e-4)
+    assert float(its.loss) == pytest.approx(float(loss.total) / loss.count, abs=1e-4)
+    again = classify(tmp_path / "out", tmp_path / "again", replace(settings, steps=1, learning_rate=1e-9))
+    assert not any("at random" in note for note in again.notes)
+
+
+def test_what_is_told_decides_the_head_and_the_settings(rows: str, tmp_path: Path) -> None:
+    source = bildung.save(tiny_encoder("BertModel"), tmp_path / "source")
+    for more, words in (
+        (dict(problem="regression"), "no usable row"),
+        (dict(problem="multi_label"), "no list of labels in 'label'"),
+        (dict(problem="regression", balance=True), "balance was given; it is for classes"),
+        (dict(problem="multi_label", label_smoothing=0.1), "label_smoothing = 0.1"),
+    ):
+        with pytest.raises((DataError, SettingsError), match=words):
+            classify(source, tmp_path / "no", given(rows, **more))
+    data = Labelled(
+        [("a", None)] * 4, [(1.0, 0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 0.0, 1.0)], ("a",) * 3, []
+    )
+    assert yes_weights(data) == (3.0, 1.0, 1.0)
+    one = with_classifier(Job("tune classify", None, tmp_path, None, None), bildung.load(source), ["a", "b"], 0)
+    other = with_classifier(Job("tune classify", None, tmp_path, None, None), one, ["a", "b"], 0, "multi_label")
+    assert other.config.raw["problem_type"] == "multi_label_classification" and other is not one

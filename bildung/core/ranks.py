@@ -8,6 +8,8 @@ import time
 import uuid
 from typing import Any
 
+from bildung.core.errors import SettingsError
+
 
 def rank() -> int:
     """This process's number, from 0. Rank 0 alone writes files and records."""
@@ -29,6 +31,24 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
+def device() -> Any:
+    """Where this rank's model goes, a torch.device: what BILDUNG_DEVICE says (cpu, cuda, cuda:1), else the GPU with its
+    local number where there is one, else the CPU. Raises SettingsError for a device that is not there."""
+    import torch
+
+    there = [f"cuda:{number}" for number in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    own = f"cuda:{local_rank()}"
+    wanted = os.environ.get("BILDUNG_DEVICE") or (own if there else "cpu")
+    if wanted == "cuda":
+        wanted = own
+    if wanted not in ["cpu", *there]:
+        raise SettingsError(
+            f"{wanted} is not there for rank {rank()} (BILDUNG_DEVICE, LOCAL_RANK); there is: "
+            f"{', '.join(['cpu', *there])}."
+        )
+    return torch.device(wanted)
+
+
 def join() -> None:
     """Meet the other ranks, once per process. One that does not come within 30 minutes, or dies, ends the run."""
     import torch
@@ -36,12 +56,13 @@ def join() -> None:
 
     if world_size() == 1 or dist.is_initialized():
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
+    on = device()
+    if on.type == "cuda":
+        torch.cuda.set_device(on)
     patience = datetime.timedelta(minutes=30)
     store, _, _ = next(dist.rendezvous("env://", rank(), world_size(), timeout=patience))
     store = dist.PrefixStore(_name_of_this_attempt(store, patience), store)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    backend = "nccl" if on.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=patience)
 
 

@@ -27,7 +27,7 @@ from bildung.data.examples import Example
 from bildung.model.linear import Dense
 from bildung.model.transformer import Decoder
 from bildung.tokens.tokenizer import Tokenizer
-from bildung.train.objectives import CHUNK_ELEMENTS
+from bildung.train.objectives import rows_at_a_time
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def score_batch(
 
 def chunks(model: Decoder, h_ND: Tensor) -> Iterator[tuple[int, Tensor]]:
     """(number of the first row, logits_CV) over all rows, a bounded number of logits at a time."""
-    size = max(1, CHUNK_ELEMENTS // model.config.vocab_size)
+    size = rows_at_a_time(h_ND.device, model.config.vocab_size)
     return ((start, model.unembed(h_ND[start : start + size])) for start in range(0, len(h_ND), size))
 
 

@@ -137,11 +137,12 @@ class CausalLM(Model):
 
         positions_BL: absolute positions (default: 0, 1, 2... after the cached ones). keep_BL: False marks padding; it
         is never inferred from token values. segments_BL: packed documents do not see each other. prefix_BL: True marks
-        tokens that all see (prefix-LM). kv_cache: the tokens are appended to it. Raises DataError for a wrong shape.
+        tokens that all see (prefix-LM). kv_cache: the tokens are appended to it. The tokens may be on another device.
+        Raises DataError for a wrong shape.
         """
         return self.unembed(
             self.hidden(
-                tokens_BL,
+                tokens_BL.to(self.device),
                 positions_BL=positions_BL,
                 keep_BL=keep_BL,
                 segments_BL=segments_BL,

@@ -91,7 +91,11 @@ class Encoder(Model):
         """Logits_BLV of the token at every place."""
         return self.unembed(
             self.hidden(
-                tokens_BL, positions_BL=positions_BL, keep_BL=keep_BL, segments_BL=segments_BL, types_BL=types_BL
+                tokens_BL.to(self.device),
+                positions_BL=positions_BL,
+                keep_BL=keep_BL,
+                segments_BL=segments_BL,
+                types_BL=types_BL,
             )
         )
 

@@ -83,12 +83,21 @@ class LanguageModel:
         return bool(self.model.attached) and self.base != self.path
 
 
-def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageModel:
+def load(
+    path: str | Path, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None
+) -> LanguageModel:
     """A model from a Hugging Face directory, a PEFT adapter directory (with its base), a .gguf or an .onnx file.
 
-    dtype: float32, bfloat16 or float16 for the unquantized weights; default: as stored. Raises ModelFileError and its
-    kinds, naming the file and what is wrong with it; TokenizerError when the tokenizer does not fit the model.
+    dtype: float32, bfloat16 or float16 for the unquantized weights; default: as stored. device: default: this process's
+    GPU where there is one, or what the environment's BILDUNG_DEVICE says. Raises ModelFileError and its kinds, naming
+    the file and what is wrong with it; TokenizerError when the tokenizer does not fit the model.
     """
+    lm = _load(path, dtype)
+    lm.model.to(ranks.device() if device is None else torch.device(device))
+    return lm
+
+
+def _load(path: str | Path, dtype: str | torch.dtype | None) -> LanguageModel:
     path = Path(path).expanduser()
     dtype = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
     if dtype is not None and dtype not in DTYPES:
@@ -108,7 +117,7 @@ def load(path: str | Path, dtype: str | torch.dtype | None = None) -> LanguageMo
         settings = adapter_file.read_config(path)
         base = adapter_file.find_base(path, settings)
         warn_of_another_base(path, record, base)
-        lm = load(base, dtype)
+        lm = _load(base, dtype)
         adapter_file.add_to(lm.model, path, settings)
         return replace(lm, config=lm.model.config, record=record, path=path)
     config = read_config(path)

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BeforeValidator
 
+from bildung.core import ranks
 from bildung.core.errors import DataError, SettingsError
 from bildung.core.settings import settings
 from bildung.model.build import build
@@ -114,7 +115,7 @@ def begin(source: Path, given: Birth, *, kinds: Sequence[str]) -> LanguageModel:
 def newborn(tokenizer: Tokenizer, keys: dict[str, Any], seed: int) -> LanguageModel:
     """A model with random weights for this tokenizer. Raises ConfigError; TokenizerError for too small a vocabulary."""
     config = config_for(tokenizer, keys)
-    return LanguageModel(build(config, seed), tokenizer, config)
+    return LanguageModel(build(config, seed).to(ranks.device()), tokenizer, config)
 
 
 def config_for(tokenizer: Tokenizer, keys: dict[str, Any]) -> Any:

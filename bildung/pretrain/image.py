@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bildung.core import ranks
 from bildung.core.errors import DataError, SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
@@ -177,13 +178,13 @@ def born(settings: Settings, classes: Sequence[str]) -> LanguageModel:
     """A model with random weights that tells these classes apart."""
     keys = json.loads(settings.model or "{}")
     config = from_dict({**keys, **headed(keys["model_type"], classes)})
-    return LanguageModel(build(config, settings.seed), no_tokenizer(config), config)
+    return LanguageModel(build(config, settings.seed).to(ranks.device()), no_tokenizer(config), config)
 
 
 def with_head(lm: LanguageModel, classes: Sequence[str], seed: int) -> LanguageModel:
     """The same model with a new head for these classes (and without a pooler, which that head does not read)."""
     config = from_dict({**lm.config.raw, **headed(lm.config.model_type, classes)})
-    model = build(config, seed)
+    model = build(config, seed).to(lm.model.device)
     model.model.load_state_dict(lm.model.model.state_dict())
     return replace(lm, model=model, config=config)
 

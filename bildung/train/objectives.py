@@ -39,8 +39,9 @@ from bildung.model.base import CausalLM
 from bildung.model.linear import Dense
 from bildung.train.loss import LossSum
 
-# Logits alive at a time in float32: 32 MB. Larger blocks would be fetched from the system and zeroed anew each time.
-CHUNK_ELEMENTS = 2**23
+# Logits alive at a time in float32. CPU: 32 MB; larger blocks would be fetched from the system and zeroed anew each
+# time. GPU: 512 MB; smaller products leave most of it idle.
+CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 # Where the unembedding trains, so many chunks of logits, in the type of the activations, share one product that is its
 # gradient: each costs a pass over the whole matrix.
 CHUNKS_OF_HEAD = 4
@@ -130,8 +131,13 @@ def _head(model: CausalLM) -> list[Tensor]:
 
 def _chunks(x: Tensor, vocab_size: int, times: int = 1) -> Iterator[slice]:
     """Stretches of the rows of `x`, so many that their logits are `times` as many as are alive at a time."""
-    size = max(1, CHUNK_ELEMENTS // vocab_size) * times
+    size = rows_at_a_time(x.device, vocab_size) * times
     return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
+
+
+def rows_at_a_time(device: torch.device, vocab_size: int) -> int:
+    """How many rows of logits are alive at a time."""
+    return max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cpu"]) // vocab_size)
 
 
 def _slopes(
@@ -176,8 +182,21 @@ def _nll_and_slope(
 
 def _spare(h_ND: Tensor, vocab_size: int) -> Tensor:
     """What the chunks' slopes are written to one after the other: memory fetched anew would be zeroed each time."""
-    rows = min(max(1, CHUNK_ELEMENTS // vocab_size), len(h_ND))
+    rows = min(rows_at_a_time(h_ND.device, vocab_size), len(h_ND))
     return torch.empty(rows, vocab_size, dtype=torch.float32, device=h_ND.device)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+@contextlib.contextmanager
+def _random_as(device: torch.device, state: Tensor) -> Iterator[None]:
+    """The device's random numbers as they were at `state`, and afterwards as before."""
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.cuda.set_rng_state(state, device) if on_gpu else torch.set_rng_state(state)
+        yield
 
 
 @contextlib.contextmanager
@@ -203,7 +222,7 @@ class _Surprisal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, targets_N: Tensor, model: CausalLM, smoothing: float, *head: Tensor) -> Tensor:
         ctx.model, ctx.smoothing, ctx.head = model, smoothing, head
-        ctx.random_state = torch.get_rng_state() if head else None  # a delta on the unembedding may have dropout
+        ctx.random_state = _random_state(h_ND.device) if head else None  # a delta on the unembedding may have dropout
         nll_N = h_ND.new_empty(h_ND.shape[0], dtype=torch.float32)
         slope_ND, spare_CV = torch.empty_like(h_ND), _spare(h_ND, model.config.vocab_size)
         for rows in _chunks(h_ND, model.config.vocab_size):
@@ -225,8 +244,10 @@ class _Surprisal(torch.autograd.Function):
             return grad_h_ND, None, None, None
         grads: list[Tensor | None] = [None] * len(ctx.head)
         spare_CV = _spare(rest[0], ctx.model.config.vocab_size)
-        with torch.random.fork_rng(devices=[]), _leaves(ctx.model.lm_head, ctx.head, slope_ND.dtype) as leaves:
-            torch.set_rng_state(ctx.random_state)
+        with (
+            _random_as(slope_ND.device, ctx.random_state),
+            _leaves(ctx.model.lm_head, ctx.head, slope_ND.dtype) as leaves,
+        ):
             for rows in _chunks(rest[0], ctx.model.config.vocab_size, CHUNKS_OF_HEAD):
                 with torch.enable_grad():
                     logits_CV = ctx.model.unembed(rest[0][rows])

@@ -18,7 +18,7 @@ from bildung.train.objectives import clm, surprisal, surprisal_sum, token_logpro
 @pytest.fixture(params=["one chunk", "chunks of three rows"])
 def chunks(request, monkeypatch):
     if request.param != "one chunk":
-        monkeypatch.setattr(objectives, "CHUNK_ELEMENTS", 3 * 61)
+        monkeypatch.setitem(objectives.CHUNK_ELEMENTS, "cpu", 3 * 61)
 
 
 def plain_nll(model, batch):
@@ -71,7 +71,7 @@ def test_without_gradients_the_numbers_are_the_same(make_model, batch_at, chunks
 @pytest.mark.parametrize("trained", [True, False])
 def test_logits_exist_for_targets_only_and_a_chunk_at_a_time(make_model, batch_at, monkeypatch, trained):
     """Four chunks where the unembedding trains; in float32 one in any case."""
-    monkeypatch.setattr(objectives, "CHUNK_ELEMENTS", 3 * 61)
+    monkeypatch.setitem(objectives.CHUNK_ELEMENTS, "cpu", 3 * 61)
     model, batch, wide = make_model(), batch_at(0), []
     model.lm_head.requires_grad_(trained)
     nll_and_slope = objectives._nll_and_slope
@@ -189,7 +189,7 @@ def test_one_exponential_is_as_exact_as_two(spread):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_float32_head_is_cast_once_for_all_chunks(make_model, batch_at, monkeypatch, tied, summed):
     """Its gradient is that of casting it for each chunk, bit for bit."""
-    monkeypatch.setattr(objectives, "CHUNK_ELEMENTS", 3 * 61)
+    monkeypatch.setitem(objectives.CHUNK_ELEMENTS, "cpu", 3 * 61)
     model, batch, casts = make_model(tied), batch_at(0), []
     model.compute_dtype = torch.bfloat16
     cast_to = type(model.lm_head.base).cast_to

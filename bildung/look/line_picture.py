@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -18,7 +18,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes. lines: name -> (x, y). shaded: from this x on the ground is grey, and why."""
+    """One pair of axes. lines: name -> (x, y). shaded: from this x on the ground is grey, and why. errors: name -> how
+    far the band around a line reaches to both sides."""
 
     title: str
     x_label: str
@@ -27,6 +28,7 @@ class Panel:
     y_limits: tuple[float, float] | None = None
     y_label: str = ""
     shaded: tuple[float, str] | None = None
+    errors: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 def draw_lines(panels: Sequence[Panel], path: Path) -> None:
@@ -42,6 +44,9 @@ def _draw(axis: Axes, panel: Panel) -> None:
     for number, (name, (xs, ys)) in enumerate(panel.lines.items()):
         colour = COLOURS[number % len(COLOURS)]
         axis.plot(xs, ys, color=colour, linewidth=1.4)
+        if (error := panel.errors.get(name)) is not None:
+            low, high = zip(*((y - e, y + e) for y, e in zip(ys, error, strict=True)), strict=True)
+            axis.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
         ends.append((ys[-1], xs[-1], drawable(name), colour))
     if panel.log_y:
         axis.set_yscale("log")

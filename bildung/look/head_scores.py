@@ -79,8 +79,10 @@ class HeadScores:
 def repeated_tokens(lm: LanguageModel, *, stretch: int = 50, copies: int = 2, rows: int = 8, seed: int = 0) -> Repeats:
     """Rows of distinct random tokens, none of them special, repeated; BOS before them where the tokenizer has one.
 
-    Raises DataError for a vocabulary or a context that is too small.
+    Raises DataError for a vocabulary or a context that is too small, and for models that do not read one text.
     """
+    if "layers.0.attn.probs" not in lm.model.sites or lm.config.kind == "vision":
+        raise DataError(f"a {lm.config.model_type} of kind {lm.config.kind!r} has no attention to text of its own.")
     special = set(lm.tokenizer.special_tokens.values())
     size = min(lm.tokenizer.vocab_size, lm.config.vocab_size)
     usable = torch.tensor([number for number in range(size) if number not in special])
@@ -104,12 +106,10 @@ def head_scores(lm: LanguageModel, repeats: Repeats, layers: list[LayerHeads] | 
     """The scores of every head. layers: their weights, where they are known already.
 
     Decoders and encoders; of a model that is no model of the next token there is no copying and no loss. Patterns are
-    reduced to scores layer by layer. Raises DataError for models of other kinds.
+    reduced to scores layer by layer.
     """
     model = lm.model
     causal = isinstance(model, CausalLM)
-    if "layers.0.attn.probs" not in model.sites:
-        raise DataError(f"a {lm.config.model_type} of kind {lm.config.kind!r} has no attention to text of its own.")
     tokens_RL = repeats.tokens_RL.to(model.device)
     found: dict[str, list[Tensor]] = {}
     taps: dict[str, Callable[[Tensor], None]] = {}

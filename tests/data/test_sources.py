@@ -103,8 +103,8 @@ def test_fingerprint_is_of_the_split_that_is_read(corpus):
 
 def test_every_mini_set_is_whole_and_small():
     assert mini_names() == [
-        "chat", "choices", "countries", "elements", "instructions", "moby", "preferences", "seed_tasks", "sentiment",
-        "thumbs",
+        "brown", "chat", "choices", "countries", "elements", "instructions", "moby", "preferences", "seed_tasks",
+        "sentiment", "thumbs",
     ]  # fmt: skip
     size = 0
     for name in mini_names():

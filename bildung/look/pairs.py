@@ -1,0 +1,65 @@
+"""Make pairs of prompts for causal analysis, as a JSONL file: indirect objects, subject-verb agreement.
+
+    bildung look pairs MODEL OUT --task ioi --count 64 --corruption swap
+
+MODEL is a model or a directory with a tokenizer. OUT gets pairs.jsonl, in the form that `look patch`, `look circuit`
+and `look path_patch` read (prompt_pairs.py); edit it, or write one by hand.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bildung.core.operation import Job, perform
+from bildung.core.record import Record
+from bildung.core.settings import settings as settings_class
+from bildung.data.sources import fingerprint
+from bildung.look.pair_tasks import Corruption, Task, make_rows
+from bildung.look.prompt_pairs import Pairs, encode_pairs, read_pairs, write_pairs
+from bildung.model.store import LanguageModel
+from bildung.tokens.tokenizer import Tokenizer
+
+FILE = "pairs.jsonl"
+TASKS: dict[str, Task] = {"ioi": "ioi", "agreement": "agreement"}  # what stands for a file of pairs
+
+
+@settings_class
+class Settings:
+    """Pairs of prompts."""
+
+    task: Task = "ioi"
+    count: int = 64
+    corruption: Corruption = "abc"  # of ioi: three other names, or the second one swapped for the first
+    seed: int = 0
+
+
+def pairs(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
+    """Write the file. Raises DataError where the tokenizer has too few whole words."""
+
+    def work(job: Job) -> None:
+        tokenizer = Tokenizer.load(Path(source))
+        rows = make_rows(settings.task, tokenizer, settings.count, settings.seed, settings.corruption)
+        write_pairs(rows, job.out / FILE)
+        lengths = [len(tokenizer.encode(row["clean"])) for row in rows]
+        job.measured = {"pairs": len(rows), "shortest": min(lengths), "longest": max(lengths)}
+
+    return perform("look pairs", source, out, settings, work, force=force)
+
+
+def chosen_pairs(lm: LanguageModel, name: str, count: int, seed: int, corruption: Corruption, job: Job) -> Pairs:
+    """Pairs of a task, or of a file; those made are left in OUT, those dropped are noted."""
+    longest = getattr(lm.config, "max_position_embeddings", None) or 512
+    if name in TASKS:
+        rows = make_rows(TASKS[name], lm.tokenizer, count, seed, corruption)
+        write_pairs(rows, job.out / FILE)
+        return encode_pairs(rows, lm.tokenizer, name, longest)
+    read = read_pairs(name, lm.tokenizer, count, longest)
+    if read.dropped:
+        job.notes.append(f"{len(read.dropped)} pairs were left out: " + "; ".join(read.dropped))
+    job.measured |= {"pairs": len(read.rows), "pairs left out": len(read.dropped)}
+    return read
+
+
+def pair_hashes(name: str) -> dict[str, str]:
+    """What `perform` should know of the data: nothing where it is made from the settings."""
+    return {} if name in TASKS else fingerprint(name)

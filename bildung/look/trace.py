@@ -1,0 +1,118 @@
+"""Where a model keeps what it knows of a subject: causal tracing with noise on the subject's embeddings.
+
+    bildung look trace MODEL OUT --prompt "The capital of France is" --subject France
+    bildung look trace MODEL OUT --prompt "..." --subject ... --answer " Paris" --samples 10 --window 10
+
+OUT gets trace.html (one file, works offline), trace.png and trace.json. What is computed is in look/causal_trace.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bildung.core.errors import DataError
+from bildung.core.operation import Job, perform
+from bildung.core.record import Record
+from bildung.core.settings import settings as settings_class
+from bildung.look.causal_trace import WINDOWED, Trace, causal_trace, span_of
+from bildung.look.grid_page import write_grids
+from bildung.look.prompt import label
+from bildung.model.store import LanguageModel, load
+
+
+@settings_class
+class Settings:
+    """Causal tracing."""
+
+    prompt: str  # the text up to the answer
+    subject: str  # the part of it whose embeddings become noisy
+    answer: str | None = None  # one token; none: what the model says
+    sites: tuple[str, ...] = ("resid_post", "mlp.out", "attn.out")  # what is put back
+    deviations: float = 3.0  # the noise, in standard deviations of the embeddings
+    samples: int = 10  # of the noise
+    window: int = 10  # layers of mlp.out and attn.out that are put back together
+    seed: int = 0
+    max_tokens: int = 96
+
+
+def trace(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
+    """Make the page, the picture and the numbers. Raises DataError for a subject or answer that does not fit."""
+
+    def work(job: Job) -> None:
+        lm = load(source, "float32")
+        lm.model.eval()
+        tokens, subject = span_of(lm, settings.prompt, settings.subject)
+        if len(tokens) > settings.max_tokens:
+            raise DataError(f"the prompt has {len(tokens)} tokens; at most {settings.max_tokens} are traced.")
+        seen = causal_trace(
+            lm.model,
+            tokens,
+            subject,
+            _answer(lm, settings.answer),
+            places=settings.sites,
+            deviations=settings.deviations,
+            samples=settings.samples,
+            window=settings.window,
+            seed=settings.seed,
+        )
+        numbers = as_json(lm, seen, Path(source).name, settings)
+        (job.out / "trace.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_grids(numbers, job.out / "trace.html", job.out / "trace.png")
+        job.measured = {key: numbers[key] for key in ("clean", "corrupted", "sigma")} | {"answer": numbers["answer"]}
+        for site, grid in seen.restored.items():
+            layer, position = divmod(int(grid.argmax()), grid.shape[1])
+            place = f"layer {layer}, token {position} {label(lm.tokenizer, seen.tokens[position])!r}"
+            job.measured[f"strongest {site}"] = f"{place}: {grid.max().item():.3g}"
+        job.tokens_seen = len(tokens)
+
+    return perform("look trace", source, out, settings, work, force=force)
+
+
+def _answer(lm: LanguageModel, text: str | None) -> int | None:
+    if text is None:
+        return None
+    ids = lm.tokenizer.encode(text, bos=False)
+    if len(ids) != 1:
+        raise DataError(f"the answer {text!r} is {len(ids)} tokens; it must be one (with its space: {' ' + text!r}?).")
+    return ids[0]
+
+
+def as_json(lm: LanguageModel, seen: Trace, model: str, settings: Settings) -> dict[str, Any]:
+    """Everything the page and the picture show; values are probabilities [layer][token]."""
+    start, stop = seen.subject
+    labels = [
+        label(lm.tokenizer, token) + ("*" if start <= position < stop else "")
+        for position, token in enumerate(seen.tokens)
+    ]
+    answer = label(lm.tokenizer, seen.answer)
+    grids = [
+        {
+            "title": site,
+            "note": f"window of {settings.window} layers" if site in WINDOWED else "one layer",
+            "columns": labels,
+            "rows": [str(layer) for layer in range(len(grid))],
+            "values": [[round(value, 4) for value in row] for row in grid.tolist()],
+            "neutral": seen.corrupted,
+        }
+        for site, grid in seen.restored.items()
+    ]
+    return {
+        "title": "causal tracing",
+        "model": model,
+        "metric": f"probability of {answer}",
+        "clean": round(seen.clean, 5),
+        "corrupted": round(seen.corrupted, 5),
+        "sigma": round(seen.sigma, 5),
+        "answer": answer,
+        "example": {
+            "prompt": settings.prompt,
+            "subject": f"{settings.subject} (*), noise of {settings.deviations:g} standard deviations of the embeddings"
+            f" = {seen.sigma:.3g}, {settings.samples} samples",
+        },
+        "command": f"bildung look trace {model} OUT --prompt ... --subject {settings.subject!r}",
+        "low": "",
+        "high": "",
+        "grids": grids,
+    }

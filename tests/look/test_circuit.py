@@ -58,9 +58,7 @@ def test_the_known_circuit_is_faithful_complete_and_small():
 def test_a_circuit_file_is_refused_by_another_architecture(tmp_path: Path):
     model = induction_model()
     experiment = EdgeExperiment(model, induction_pairs())
-    made = Circuit(
-        dict.fromkeys(sorted(CIRCUIT), -1.5), architecture_of(model.config), "0" * 64, {"method": "acdc"}
-    )
+    made = Circuit(dict.fromkeys(sorted(CIRCUIT), -1.5), architecture_of(model.config), "0" * 64, {"method": "acdc"})
     save_circuit(made, tmp_path / "circuit.json")
     again = load_circuit(tmp_path / "circuit.json", experiment.graph, model.config)
     assert again.edges == made.edges and again.nodes == ["embed", "a0.h0", "a1.h0"] and again.found == made.found

@@ -46,7 +46,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Manner:
-    """How to write. temperature 0: always the likeliest. presence_penalty: for endpoints only."""
+    """How to write. temperature 0: always the likeliest. presence_penalty: of tokens written before (OpenAI's)."""
 
     new_tokens: int
     temperature: float = 0.0
@@ -70,7 +70,9 @@ class LocalWriter:
     def write(self, prompts: Sequence[str], manner: Manner, seed: int) -> list[Reply]:
         """All prompts in one batch."""
         ids = [encode_prompt(self.lm, prompt, self.chat) for prompt in prompts]
-        sampling = Sampling(temperature=manner.temperature, top_p=manner.top_p, seed=seed)
+        sampling = Sampling(
+            temperature=manner.temperature, top_p=manner.top_p, presence_penalty=manner.presence_penalty, seed=seed
+        )
         found = write(self.lm.model, self.lm.tokenizer, ids, manner.new_tokens, sampling=sampling, stop=manner.stop)
         replies = []
         for prompt, (written, *_) in zip(ids, found, strict=True):

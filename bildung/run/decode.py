@@ -1,6 +1,6 @@
 """From logits to the next token: rules that reshape the distribution, and the two ways to choose from it.
 
-    logits -> repetition penalty -> temperature -> top-k -> top-p -> min-p -> greedy or sample
+    logits -> repetition, presence and frequency penalty -> temperature -> top-k -> top-p -> min-p -> greedy or sample
 
 A rule is a function (logits_BV, ids so far) -> logits_BV; what it forbids becomes -inf. The order is that of
 `transformers`, and it matters: top-p after a high temperature keeps more tokens than before it.
@@ -10,8 +10,10 @@ A rule is a function (logits_BV, ids so far) -> logits_BV; what it forbids becom
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,12 +38,14 @@ class Sampling:
     top_p: float | None = None  # only the likeliest tokens that together reach this probability
     min_p: float | None = None  # only tokens at least this fraction as likely as the likeliest
     repetition_penalty: float | None = None  # above 1: tokens of the prompt and the answer become less likely
+    presence_penalty: float = 0.0  # above 0: tokens of the answer so far become less likely (OpenAI's; -2 to 2 there)
+    frequency_penalty: float = 0.0  # the same, once for every time that the token came
     seed: int = 0  # seed of the draws
 
     def rules(self) -> list[LogitsRule]:
-        """The rules that are switched on, in order. Raises SettingsError for a value out of range.
+        """The rules that are switched on, in order, for one generation. Raises SettingsError for a value out of range.
 
-        Greedy decoding needs only the penalty: the other rules never move the maximum, and are refused with
+        Greedy decoding needs only the penalties: the other rules never move the maximum, and are refused with
         temperature 0, where they would silently do nothing.
         """
         narrowing = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
@@ -53,6 +57,8 @@ class Sampling:
         rules = []
         if self.repetition_penalty is not None:
             rules.append(repetition_penalty(self.repetition_penalty))
+        if self.presence_penalty or self.frequency_penalty:
+            rules.append(answer_penalty(self.presence_penalty, self.frequency_penalty))
         if self.temperature != 0:
             rules.append(temperature(self.temperature))
         if self.top_k is not None:
@@ -125,6 +131,29 @@ def repetition_penalty(penalty: float) -> LogitsRule:
             at = torch.tensor(sorted(set(seen)), dtype=torch.long, device=row.device)
             values = row[at]
             row[at] = torch.where(values < 0, values * penalty, values / penalty)
+        return logits_BV
+
+    return rule
+
+
+def answer_penalty(presence: float, frequency: float) -> LogitsRule:
+    """logit_j - c_j · frequency - [c_j > 0] · presence, c_j: how often the answer so far has token j (OpenAI's API
+    reference, "frequency and presence penalties"). Below 0 the answer's tokens become likelier.
+
+    The prompt does not count. The rule serves one generation: its first call has the prompts alone, and with every
+    further one all rows have one token more.
+    """
+    for name, value in (("presence_penalty", presence), ("frequency_penalty", frequency)):
+        _check(name, value, math.isfinite(value), "a finite number (0 changes nothing)")
+    answered = itertools.count()
+
+    def rule(logits_BV: Tensor, ids: Ids) -> Tensor:
+        length = next(answered)
+        logits_BV = logits_BV.clone()
+        for row, seen in zip(logits_BV, ids, strict=True):
+            counts = Counter(seen[len(seen) - length :])
+            at = torch.tensor(list(counts), dtype=torch.long, device=row.device)
+            row[at] -= presence + frequency * torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
         return logits_BV
 
     return rule

@@ -122,6 +122,7 @@ def test_what_a_model_of_our_own_writes(tiny_lm: Any) -> None:
     replies = LocalWriter(tiny_lm).write(["a list", "The capital"], Manner(5, temperature=0.7, top_p=0.5), 0)
     assert len(replies) == 2 and all(reply.cut_off for reply in replies)
     whole = LocalWriter(tiny_lm).write(["a list"], Manner(12), 0)[0]
+    assert LocalWriter(tiny_lm).write(["a list"], Manner(12, presence_penalty=1e6), 0)[0].text != whole.text
     stop = whole.text[2:4]
     cut = LocalWriter(tiny_lm).write(["a list"], Manner(12, stop=(stop,)), 0)[0]
     assert cut.text == whole.text[: whole.text.index(stop)] and not cut.cut_off

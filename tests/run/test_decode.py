@@ -111,6 +111,8 @@ def test_greedy_takes_the_lowest_id_of_equals() -> None:
         {"temperature": 1, "min_p": -0.1},
         {"temperature": 1, "min_p": 2},
         {"repetition_penalty": 0},
+        {"presence_penalty": math.inf},
+        {"frequency_penalty": math.nan},
         {"top_p": 0.9},
         {"top_k": "many"},
         {"top_q": 1},

@@ -29,7 +29,12 @@ def test_a_large_presence_penalty_says_nothing_twice(tiny_lm: LanguageModel, bea
     prompts = [tiny_lm.tokenizer.encode(text) for text in ("one two", "one two three four five")]
     for penalty, different in ((0.0, False), (1e6, True)):
         found = write(
-            tiny_lm.model, tiny_lm.tokenizer, prompts, 24, sampling=Sampling(presence_penalty=penalty), beam=Beam(beams=beams)
+            tiny_lm.model,
+            tiny_lm.tokenizer,
+            prompts,
+            24,
+            sampling=Sampling(presence_penalty=penalty),
+            beam=Beam(beams=beams),
         )
         answers = [one[0].tokens for one in found]
         assert all(len(set(answer)) == len(answer) for answer in answers) == different

@@ -3,8 +3,9 @@
     lens_l(h) = W_U · LN_f(h_l)            h_l: the residual stream after block l, before the final norm
 
 The final norm belongs to the lens, once. (Feeding Hugging Face's `hidden_states[-1]`, which is normalised already,
-through it again is a well-known mistake.) The last row is the model's own prediction, bit for bit. Early layers write
-in a basis of their own, so a poor lens does not prove that the layer knows nothing (Belrose et al. 2023).
+through it again is a well-known mistake.) `unembed` is the model's own, with its scale and its soft-cap (Gemma), so the
+last row is the model's own prediction, bit for bit. Early layers write in a basis of their own, so a poor lens does not
+prove that the layer knows nothing; a tuned lens (look/translators.py) translates each first (Belrose et al. 2023).
 """
 
 # N layers, L positions, K kept candidates, D hidden_size, V vocabulary
@@ -17,10 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bildung.core.errors import DataError
 from bildung.look.prompt import check_same_model_shape, check_same_tokens, encode_prompt, label
+from bildung.look.translators import TunedLens, check_belongs
+from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel
 from bildung.model.taps import observe
-from bildung.model.transformer import Decoder
 
 CANDIDATES = 5
 LONGEST = 512  # tokens
@@ -51,20 +54,27 @@ class LensDifference:
     first_L: Tensor  # the first layer at which the top tokens differ; -1 where they never do
 
 
-def lens_logits(model: Decoder, h_BLD: Tensor) -> Tensor:
+def lens_logits(model: CausalLM, h_BLD: Tensor) -> Tensor:
     """W_U · LN_f(h): logits BLV of a residual stream that has not seen the final norm."""
     return model.unembed(model.final_norm(h_BLD))
 
 
 @torch.no_grad()
 def logit_lens(
-    lm: LanguageModel, prompt: str | Sequence[int] | Tensor, *, chat: bool = False, max_tokens: int = LONGEST
+    lm: LanguageModel,
+    prompt: str | Sequence[int] | Tensor,
+    *,
+    chat: bool = False,
+    max_tokens: int = LONGEST,
+    tuned: TunedLens | None = None,
 ) -> LogitLens:
     """Read every layer at every position of a text or of token ids; plain, adapted, quantized and edited models alike.
 
-    chat: the text is a user's turn. Raises DataError for a prompt that is empty or longer than max_tokens.
+    chat: the text is a user's turn. tuned: read through a tuned lens. Raises DataError for a prompt that is empty or
+    longer than max_tokens and for a model that does not continue text, ModelFileError for a lens of other weights.
     """
-    reading = _Reading(lm, encode_prompt(lm, prompt, chat, max_tokens))
+    check_has_lens(lm)
+    reading = _Reading(lm, encode_prompt(lm, prompt, chat, max_tokens), tuned)
     for layer in range(lm.config.num_hidden_layers):
         reading.row(layer)
     return reading.result()
@@ -78,20 +88,32 @@ def lens_difference(
     *,
     chat: bool = False,
     max_tokens: int = LONGEST,
+    tuned: tuple[TunedLens | None, TunedLens | None] = (None, None),
 ) -> LensDifference:
-    """Read two models on the same token ids (with `chat`: those of A's template).
+    """Read two models on the same token ids (with `chat`: those of A's template); tuned: the lens of each, if any.
 
     Raises TokenizerError when their tokenizers disagree, DataError when one has more layers than the other.
     """
+    check_has_lens(a)
+    check_has_lens(b)
     ids = encode_prompt(a, prompt, chat, max_tokens)
     check_same_tokens(a, b, ids, prompt, chat)
     check_same_model_shape(a, b)
-    one, other = _Reading(a, ids), _Reading(b, ids)
+    one, other = _Reading(a, ids, tuned[0]), _Reading(b, ids, tuned[1])
     # Layer by layer in step: the log-probabilities of all layers at once would be N x L x V numbers.
     kl_NL = torch.stack([kl(one.row(n), other.row(n)) for n in range(a.config.num_hidden_layers)])
     first, second = one.result(), other.result()
     differs_NL = first.top_ids_NLK[..., 0] != second.top_ids_NLK[..., 0]
     return LensDifference(first, second, kl_NL, torch.where(differs_NL.any(0), differs_NL.int().argmax(0), -1))
+
+
+def check_has_lens(lm: LanguageModel) -> None:
+    """Raises DataError for a model that lenses cannot read."""
+    if not isinstance(lm.model, CausalLM):
+        raise DataError(
+            f"a {lm.config.model_type} of kind {lm.config.kind!r} does not continue text, and a lens shows how the "
+            "next token forms. Probe its layers instead: bildung look probe."
+        )
 
 
 def kl(p_LV: Tensor, q_LV: Tensor) -> Tensor:
@@ -102,8 +124,10 @@ def kl(p_LV: Tensor, q_LV: Tensor) -> Tensor:
 class _Reading:
     """Reads one model row by row and keeps the small numbers of each."""
 
-    def __init__(self, lm: LanguageModel, ids: list[int]):
-        self.lm, self.ids = lm, ids
+    def __init__(self, lm: LanguageModel, ids: list[int], tuned: TunedLens | None = None):
+        if tuned is not None:
+            check_belongs(tuned, lm)
+        self.lm, self.ids, self.tuned = lm, ids, tuned
         tokens_BL = torch.tensor([ids], device=lm.model.device)
         with observe(lm.model, "layers.*.resid_post") as seen:
             logits_BLV = lm.model(tokens_BL)
@@ -115,7 +139,8 @@ class _Reading:
 
     def row(self, layer: int) -> Tensor:
         """The lens at `layer` as log-probabilities LV."""
-        log_probs_LV = lens_logits(self.lm.model, self.streams[layer])[0].float().log_softmax(-1)
+        h_BLD = self.streams[layer] if self.tuned is None else self.tuned(self.streams[layer], layer)
+        log_probs_LV = lens_logits(self.lm.model, h_BLD)[0].float().log_softmax(-1)
         top = log_probs_LV.topk(min(CANDIDATES, log_probs_LV.shape[-1]))
         rank_L = (log_probs_LV > log_probs_LV.gather(-1, self.best_L1)).sum(-1) + 1
         next_L = log_probs_LV.gather(-1, self.next_L1)[:, 0].exp()

@@ -14,6 +14,7 @@ STRONG = 0.66  # from this strength of the colour on, the text takes the other i
 def page(numbers: dict[str, Any], facts: Mapping[str, Any]) -> str:
     """lens.html. `facts` are shown above the grid."""
     command = f"bildung look logit_lens {numbers['model']} OUT --prompt ..." + (" --chat" if numbers["chat"] else "")
+    command += " --tuned LENS" if any(numbers.get("tuned", ())) else ""
     return render(
         "lens.html",
         script="lens.js",
@@ -37,7 +38,11 @@ def page(numbers: dict[str, Any], facts: Mapping[str, Any]) -> str:
 
 def grids(numbers: dict[str, Any]) -> list[dict[str, Any]]:
     """What lens_grid.html draws: one table per model, and one of their difference."""
-    names = [(key, f"{key.upper()}  {name}" if "b" in numbers else name) for key, name in _models(numbers)]
+    tuned = dict(zip("ab", numbers.get("tuned", (False, False)), strict=True))
+    names = [
+        (key, (f"{key.upper()}  {name}" if "b" in numbers else name) + (", tuned lens" if tuned[key] else ""))
+        for key, name in _models(numbers)
+    ]
     shown = [
         {"key": key, "title": title, "note": "top token of every layer", "rows": _cells(numbers, key), "versus": False}
         for key, title in names

@@ -2,6 +2,7 @@
 
     bildung look logit_lens SOURCE OUT --prompt "The capital of France is"
     bildung look logit_lens TUNED OUT --prompt "..." --against BASE
+    bildung look logit_lens SOURCE OUT --prompt "..." --tuned LENS      through a tuned lens (look tuned_lens made it)
 
 OUT gets lens.html (one file, works offline), lens.png and lens.json. The computation is in look/lens.py.
 """
@@ -15,12 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
+from bildung.core.errors import SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look import lens_page, picture
 from bildung.look.lens import LensDifference, LogitLens, lens_difference
 from bildung.look.lens import logit_lens as read_lens
+from bildung.look.translators import read_lens as read_tuned
 from bildung.model.store import load
 
 
@@ -31,22 +34,31 @@ class Settings:
     prompt: str  # the text to read
     chat: bool = False  # the prompt is a user's turn, put through the model's chat template
     against: Path | None = None  # a second model (B) that reads the same tokens
+    tuned: Path | None = None  # directory of a tuned lens for the source
+    against_tuned: Path | None = None  # the same for B
     max_tokens: int = 96  # refuse longer prompts: each token is a column
 
 
 def logit_lens(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
     """Make the page, the picture and the numbers. Raises DataError or TokenizerError for what cannot be read."""
-    companions = {"against": settings.against} if settings.against is not None else {}
+    named = {"against": settings.against, "tuned": settings.tuned, "against_tuned": settings.against_tuned}
+    companions = {name: path for name, path in named.items() if path is not None}
+    if settings.against_tuned is not None and settings.against is None:
+        raise SettingsError("against_tuned is the lens of `against`, and no second model was given.")
 
     def work(job: Job) -> None:
         lm, prompt, chat, longest = load(source), settings.prompt, settings.chat, settings.max_tokens
         model, against = Path(source).name, settings.against.name if settings.against else None
+        lens = read_tuned(settings.tuned, lm) if settings.tuned else None
         seen: LogitLens | LensDifference
         if settings.against is None:
-            seen = read_lens(lm, prompt, chat=chat, max_tokens=longest)
+            seen = read_lens(lm, prompt, chat=chat, max_tokens=longest, tuned=lens)
         else:
-            seen = lens_difference(lm, load(settings.against), prompt, chat=chat, max_tokens=longest)
+            b = load(settings.against)
+            lenses = lens, read_tuned(settings.against_tuned, b) if settings.against_tuned else None
+            seen = lens_difference(lm, b, prompt, chat=chat, max_tokens=longest, tuned=lenses)
         numbers = as_json(seen, prompt, chat, lm.config.vocab_size, model, against)
+        numbers["tuned"] = [settings.tuned is not None, settings.against_tuned is not None]
         text = json.dumps(numbers, ensure_ascii=False, allow_nan=False)
         (job.out / "lens.json").write_text(text + "\n", encoding="utf-8")
         (job.out / "lens.html").write_text(lens_page.page(numbers, summary(numbers)), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import bildung
 from bildung.core.errors import DataError, TokenizerError
 from bildung.look import logit_lens as operation
 from bildung.look.lens import kl, lens_difference, lens_logits, logit_lens
+from bildung.model.build import build
+from bildung.model.config import from_dict
 from bildung.model.linear import Linear
 from bildung.model.low_rank import LowRank
 from bildung.model.store import LanguageModel
@@ -145,3 +148,38 @@ def test_quantized_model_has_a_lens(tmp_path: Path):
     replace_stores(lm.model, "all", lambda linear: Int8.quantize(linear.weight()))
     lens = logit_lens(lm, TEXT)
     assert torch.equal(lens.top_ids_NLK[-1, :, 0], lm.model(torch.tensor([lens.tokens]))[0].argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"model_type": "gemma3_text", "final_logit_softcapping": 3.0, "sliding_window": 4},
+        {"model_type": "gpt2", "n_embd": 192, "n_layer": 2, "n_head": 6},
+    ],
+    ids=["gemma3_text", "gpt2"],
+)
+def test_norms_scales_and_soft_caps_are_the_model_s_own(raw: dict[str, Any]) -> None:
+    lm = tiny_lm()
+    keys = {"vocab_size": 260, "hidden_size": 192, "num_hidden_layers": 2, "num_attention_heads": 6, "head_dim": 32}
+    keys |= {"num_key_value_heads": 2, "intermediate_size": 320, "initializer_range": 0.5}
+    gpt2 = {"vocab_size": 260, "initializer_range": 0.5}
+    config = from_dict(
+        {**(gpt2 if raw["model_type"] == "gpt2" else keys), **raw, "bos_token_id": 256, "eos_token_id": 257}
+    )
+    other = LanguageModel(build(config, seed=1).eval(), lm.tokenizer, config)
+    ids = torch.tensor([lm.tokenizer.encode(TEXT)])
+    with observe(other.model, "layers.1.resid_post") as seen, torch.no_grad():
+        logits_BLV = other.model(ids)
+        lens = lens_logits(other.model, seen["layers.1.resid_post"])
+        without_cap = other.model.lm_head(other.model.final_norm(seen["layers.1.resid_post"]))
+    assert torch.equal(lens, logits_BLV)
+    if raw["model_type"] == "gemma3_text":
+        assert lens.abs().max() <= 3 < without_cap.abs().max()
+
+
+def test_a_model_that_does_not_continue_text_has_no_lens() -> None:
+    lm = tiny_lm()
+    keys = {"vocab_size": 260, "hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 1}
+    config = from_dict({"model_type": "bert", **keys, "intermediate_size": 64, "architectures": ["BertForMaskedLM"]})
+    with pytest.raises(DataError, match="does not continue text"):
+        logit_lens(LanguageModel(build(config, seed=1).eval(), lm.tokenizer, config), TEXT)

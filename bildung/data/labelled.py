@@ -20,7 +20,7 @@ from torch import Tensor
 from bildung.core.errors import DataError, nearest
 from bildung.data.rows import Row, Unusable
 from bildung.data.sources import rows
-from bildung.tokens.frames import Frame, Framed, encode_sentence, frame_of
+from bildung.tokens.frames import Cut, Frame, Framed, encode_sentence, frame_of
 from bildung.tokens.tokenizer import Tokenizer
 
 Problem = Literal["single_label", "multi_label", "regression"]
@@ -170,11 +170,11 @@ def _number(value: Any, label: str) -> tuple[float]:
 
 
 def encode_labelled(
-    tokenizer: Tokenizer, data: Labelled, max_length: int, frame: Frame | None = None
+    tokenizer: Tokenizer, data: Labelled, max_length: int, frame: Frame | None = None, cut: Cut = "end"
 ) -> list[tuple[Framed, Any]]:
     """Each text in its frame (default: that of an encoder), cut to `max_length` tokens, with its label."""
     frame = frame_of(tokenizer) if frame is None else frame
-    framed = (encode_sentence(tokenizer, frame, first, second, max_length) for first, second in data.texts)
+    framed = (encode_sentence(tokenizer, frame, first, second, max_length, cut) for first, second in data.texts)
     return list(zip(framed, data.labels, strict=True))
 
 

@@ -188,8 +188,8 @@ class Attention(nn.Module):
                 q_BKGH, k_BKSH, v_BKSH, attn_mask=mask.allowed_B1LS, dropout_p=dropout, scale=self.scale
             )
             return z_BKGH.reshape(B, N, 1, H)
-        if mask.blocks is not None and not dropout:
-            return attend(q_BNLH, k_BKSH, v_BKSH, self.scale, mask.blocks)
+        if mask.blocks is not None:
+            return attend(q_BNLH, k_BKSH, v_BKSH, self.scale, mask.blocks, dropout)
         allowed = mask.allowed_B1LS if mask.bias_BNLS is None else mask.bias_BNLS.to(q_BNLH.dtype)
         return F.scaled_dot_product_attention(
             q_BNLH,

@@ -75,9 +75,13 @@ def _bias(allowed_QW: Tensor) -> Tensor:
     return torch.zeros(allowed_QW.shape).masked_fill_(~allowed_QW, float("-inf"))
 
 
-def attend(q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, blocks: Blocks) -> Tensor:
-    """softmax(q k^T · scale, masked) v of shape BNLH; every query is in one of the blocks and sees a key."""
-    z_BLNH: Tensor = _attend(q_BNLH, k_BKSH, v_BKSH, scale, blocks.table, blocks.bias)
+def attend(
+    q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, blocks: Blocks, dropout: float = 0.0
+) -> Tensor:
+    """softmax(q k^T · scale, masked) v of shape BNLH; every query is in one of the blocks and sees a key. dropout: the
+    share of the probabilities that is set to 0, the others being scaled up."""
+    seed = torch.randint(2**62, (1,)) if dropout else torch.zeros(1, dtype=torch.int64)
+    z_BLNH: Tensor = _attend(q_BNLH, k_BKSH, v_BKSH, scale, blocks.table, blocks.bias, dropout, seed)
     return z_BLNH.transpose(1, 2)
 
 
@@ -85,66 +89,119 @@ def attend(q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, blocks:
 @torch.library.custom_op(
     "bildung::attend",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor table, Tensor bias) -> Tensor",
+    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor table, Tensor bias, float dropout, Tensor seed) -> "
+    "Tensor",
 )
-def _attend(q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, table: Tensor, bias: Tensor) -> Tensor:
+def _attend(
+    q_BNLH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    scale: float,
+    table: Tensor,
+    bias: Tensor,
+    dropout: float,
+    seed: Tensor,
+) -> Tensor:
     B, N, L, H = q_BNLH.shape
     z_BLNH = q_BNLH.new_empty(B, L, N, H)  # laid out as what reads it next wants it
     z_BNLH, k, v = z_BLNH.transpose(1, 2), _wide(k_BKSH), _wide(v_BKSH)
+    drop = _Drop(dropout, seed)
     with products_in(q_BNLH.dtype):
         for at_queries, at_keys, bias_QW in _each(table, bias):
             q_KRH = _rows(q_BNLH[at_queries], k.shape[1])
             p_KRW = _probs(q_KRH, k[at_keys], scale, bias_QW)
-            z_BNLH[at_queries] = torch.bmm(p_KRW, v[at_keys]).view(N, -1, H)
+            z_BNLH[at_queries] = torch.bmm(drop(p_KRW), v[at_keys]).view(N, -1, H)
     return z_BLNH
 
 
 @torch.library.custom_op(
     "bildung::attend_backward",
     mutates_args=(),
-    schema="(Tensor dz, Tensor q, Tensor k, Tensor v, float scale, Tensor table, Tensor bias) -> "
-    "(Tensor, Tensor, Tensor)",
+    schema="(Tensor dz, Tensor q, Tensor k, Tensor v, float scale, Tensor table, Tensor bias, float dropout, "
+    "Tensor seed) -> (Tensor, Tensor, Tensor)",
 )
 def _attend_backward(
-    dz_BLNH: Tensor, q_BNLH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, table: Tensor, bias: Tensor
+    dz_BLNH: Tensor,
+    q_BNLH: Tensor,
+    k_BKSH: Tensor,
+    v_BKSH: Tensor,
+    scale: float,
+    table: Tensor,
+    bias: Tensor,
+    dropout: float,
+    seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With p the probabilities, s the scores: dv = pᵀ dz, dp = dz vᵀ, ds = p (dp - Σ p dp), dq = ds k · scale."""
+    """With p the probabilities, m what dropout multiplies them by, s the scores:
+    dv = (p m)ᵀ dz, dp = m dz vᵀ, ds = p (dp - Σ p dp), dq = ds k · scale."""
     N, H = q_BNLH.shape[1], q_BNLH.shape[3]
     dz_BNLH, k, v = dz_BLNH.transpose(1, 2), _wide(k_BKSH), _wide(v_BKSH)
     dq_BNLH, dk, dv = q_BNLH.new_empty(q_BNLH.shape), torch.zeros_like(k), torch.zeros_like(v)
+    drop = _Drop(dropout, seed)
     with products_in(q_BNLH.dtype):
         for at_queries, at_keys, bias_QW in _each(table, bias):
             q_KRH, dz_KRH = _rows(q_BNLH[at_queries], k.shape[1]), _rows(dz_BNLH[at_queries], k.shape[1])
             p_KRW = _probs(q_KRH, k[at_keys], scale, bias_QW)
-            dv[at_keys].baddbmm_(p_KRW.transpose(1, 2), dz_KRH)
-            dp_KRW = torch.bmm(dz_KRH, v[at_keys].transpose(1, 2))
+            dv[at_keys].baddbmm_(drop(p_KRW).transpose(1, 2), dz_KRH)
+            dp_KRW = drop.again(torch.bmm(dz_KRH, v[at_keys].transpose(1, 2)))
             ds_KRW = torch._softmax_backward_data(dp_KRW, p_KRW, -1, dp_KRW.dtype).mul_(scale)
             dk[at_keys].baddbmm_(ds_KRW.transpose(1, 2), q_KRH)
             dq_BNLH[at_queries] = torch.bmm(ds_KRW, k[at_keys]).view(N, -1, H)
     return dq_BNLH, _as(dk, k_BKSH), _as(dv, v_BKSH)
 
 
+class _Drop:
+    """Dropout on one block after the other; the same `seed` gives the same masks."""
+
+    def __init__(self, dropout: float, seed: Tensor):
+        self.dropout = dropout
+        self.generator = torch.Generator().manual_seed(int(seed)) if dropout else None
+        self.factors: Tensor | None = None
+
+    def __call__(self, p_KRW: Tensor) -> Tensor:
+        """The probabilities of the next block, some of them 0 (a new tensor)."""
+        if not self.dropout:
+            return p_KRW
+        kept = 1 - self.dropout
+        self.factors = torch.empty_like(p_KRW).bernoulli_(kept, generator=self.generator).div_(kept)
+        return p_KRW * self.factors
+
+    def again(self, dp_KRW: Tensor) -> Tensor:
+        """The gradient of the same block's probabilities (in place)."""
+        return dp_KRW if self.factors is None else dp_KRW.mul_(self.factors)
+
+
 @_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, table: Tensor, bias: Tensor) -> Tensor:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, table: Tensor, bias: Tensor, dropout: float, seed: Tensor
+) -> Tensor:
     B, N, L, H = q.shape
     return q.new_empty(B, L, N, H)
 
 
 @_attend_backward.register_fake
 def _(
-    dz: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, table: Tensor, bias: Tensor
+    dz: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    table: Tensor,
+    bias: Tensor,
+    dropout: float,
+    seed: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, ctx.scale, table, bias = inputs
-    ctx.save_for_backward(q, k, v, table, bias)
+    q, k, v, ctx.scale, table, bias, ctx.dropout, seed = inputs
+    ctx.save_for_backward(q, k, v, table, bias, seed)
 
 
 def _slopes(ctx: Any, dz_BLNH: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, table, bias = ctx.saved_tensors
-    return *_attend_backward(dz_BLNH, q, k, v, ctx.scale, table, bias), None, None, None
+    q, k, v, table, bias, seed = ctx.saved_tensors
+    slopes = _attend_backward(dz_BLNH, q, k, v, ctx.scale, table, bias, ctx.dropout, seed)
+    return *slopes, None, None, None, None, None
 
 
 _attend.register_autograd(_slopes, setup_context=_keep)

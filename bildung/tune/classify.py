@@ -50,7 +50,7 @@ from bildung.data.sources import fingerprint
 from bildung.model.decoder_classifier import DecoderClassifier
 from bildung.model.store import load, write_model
 from bildung.pretrain.birth import set_aside
-from bildung.tokens.frames import decoder_frame
+from bildung.tokens.frames import Cut, decoder_frame
 from bildung.train.optim import ScheduleName
 from bildung.train.training import COMPUTE, Training, check_ranges, check_trainable, run
 from bildung.tune import bitfit, ia3, lora
@@ -74,6 +74,7 @@ class Settings(Training):
     second: str | None = None  # column of a second text, for pairs to be judged together
     label: str = "label"  # column of the class, a number or a name; of the list of labels; of the number
     max_length: int = 128  # tokens of a text, special ones included; longer ones are cut
+    cut: Cut = "end"  # where: at the end, or in the middle, a quarter of what is left being from the beginning
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
     balance: bool = False  # rare classes weigh more, so that all count the same
     method: Literal["full", "lora", "ia3", "bitfit"] = "full"  # what trains beside the head
@@ -97,6 +98,8 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
     told.check(settings.label_smoothing, settings.balance)
     if settings.test is None and settings.evaluate_every and not settings.held_out:
         raise SettingsError(f"evaluate_every = {settings.evaluate_every} needs texts to measure on: give held_out.")
+    if settings.cut == "middle" and settings.second is not None:
+        raise SettingsError("cut = middle is for single texts; of two the longer one is cut at its end. Leave it out.")
     check_method(settings)
 
     def work(job: Job) -> None:
@@ -118,7 +121,7 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
         frame = decoder_frame(lm.tokenizer) if lm.config.kind == "classifier" else None
         longest, pad_id = min(settings.max_length, lm.config.max_position_embeddings), lm.tokenizer.pad_id
         encoded = {
-            name: encode_labelled(lm.tokenizer, part, longest, frame)
+            name: encode_labelled(lm.tokenizer, part, longest, frame, settings.cut)
             for name, part in (("train", train), ("aside", aside), ("final", final))
             if part is not None
         }

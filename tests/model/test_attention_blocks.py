@@ -154,7 +154,7 @@ def test_it_keeps_q_k_and_v_only() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.add(t.untyped_storage().data_ptr()) or t, lambda t: t):
         z = by_blocks(masks()["causal"])(*given)
     own = {one.untyped_storage().data_ptr() for one in given}
-    assert own < kept and len(kept) == 5 and z.requires_grad  # and the blocks, which all layers share
+    assert own < kept and len(kept) == 6 and z.requires_grad  # and the seed; and the blocks, which all layers share
 
 
 def test_products_in_bfloat16_lose_nothing_of_bfloat16_factors_and_leave_the_setting_as_it_was() -> None:
@@ -177,13 +177,41 @@ def test_blocks_are_made_once_for_all_layers_and_only_where_they_are_of_use(monk
     assert biased.cut(torch.empty(B, L, 1), L).blocks is None
 
 
+def test_dropout_hits_its_share_of_the_probabilities_and_the_gradient_knows_which() -> None:
+    """Values that are an identity matrix show the probabilities themselves: so many are 0, the others are scaled up."""
+    mask = make_mask(150, 0, None, None, documents(40, 110), torch.device("cpu"))
+    blocks = blocks_of(mask.allowed_B1LS, mask.causal, 1, 150, 150)
+    q, k = (torch.randn(1, 1, 150, 150, dtype=torch.float64).requires_grad_() for _ in range(2))
+    eye = torch.eye(150, dtype=torch.float64)[None, None].requires_grad_()
+    plain, dropped = (attend(q, k, eye, 0.05, blocks, dropout) for dropout in (0.0, 0.4))
+    kept = dropped[plain > 0] / plain[plain > 0]
+    torch.testing.assert_close(kept[kept > 0], torch.full_like(kept[kept > 0], 1 / 0.6))
+    assert (kept > 0).double().mean() == pytest.approx(0.6, abs=0.02)
+    factors = torch.where(plain > 0, dropped / plain, 0.0).detach()
+    assert not torch.equal(attend(q, k, eye, 0.05, blocks, 0.4), dropped)
+
+    def openly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.transpose(-1, -2) * 0.05).masked_fill(~mask.allowed_B1LS, -math.inf)
+        return (scores.softmax(-1) * factors) @ v
+
+    dz = torch.randn(1, 1, 150, 150, dtype=torch.float64)
+    for found, wanted in zip(
+        torch.autograd.grad(dropped, (q, k, eye), dz),
+        torch.autograd.grad(openly(q, k, eye), (q, k, eye), dz),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_the_operators_are_what_they_say() -> None:
     """Shapes without numbers, gradients, no input changed: what compilers rely on."""
     mask = masks()["documents"].cut(torch.empty(B, L, 1), L)
     assert mask.blocks is not None
     for dtype in (torch.float32, torch.bfloat16):
-        given = (*inputs(dtype), 0.3, mask.blocks.table, mask.blocks.bias)
-        torch.library.opcheck(torch.ops.bildung.attend.default, given)
+        for dropout in (0.0, 0.2):
+            seed = torch.tensor([5])
+            given = (*inputs(dtype), 0.3, mask.blocks.table, mask.blocks.bias, dropout, seed)
+            torch.library.opcheck(torch.ops.bildung.attend.default, given)
 
 
 def test_compiled() -> None:

@@ -64,6 +64,8 @@ def test_cut_to_length() -> None:
     ours = tokenizer(PROCESSORS["bert"])
     frame = frame_of(ours)
     assert encode_sentence(ours, frame, "a b c d e", None, 5).tokens == [2, 5, 6, 7, 3]
+    assert encode_sentence(ours, frame, "a b c d e", None, 6, "middle").tokens == [2, 5, 7, 8, 9, 3]
+    assert encode_sentence(ours, frame, "a b c", None, 6, "middle").tokens == [2, 5, 6, 7, 3]
     made = encode_sentence(ours, frame, "a", "a b c d e", 7)
     assert made.tokens == [2, 5, 3, 5, 6, 7, 3] and made.types == [0, 0, 0, 1, 1, 1, 1]
     with pytest.raises(TokenizerError, match="no room"):

@@ -22,6 +22,8 @@ _HOMES = {
     "sites": "bildung.model.taps",
     "observe": "bildung.model.taps",
     "intervene": "bildung.model.taps",
+    "read_steering": "bildung.model.steering",
+    "steered": "bildung.model.steering",
     "attach": "bildung.model.taps",
     "detach": "bildung.model.taps",
     "deltas_off": "bildung.model.linear",

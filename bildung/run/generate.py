@@ -4,6 +4,7 @@
     bildung generate DIR "Write a haiku" --chat --temperature 0.8 --seed 1
     bildung generate DIR "Once upon a time" --beams 4 --n-best 4
     bildung generate DIR "Write a haiku" --adapters law=lives/law verse=lives/verse       all answers, in one batch
+    bildung generate DIR "I think" --steer lives/happy --strength 4       a steering vector of `bildung look steering`
     bildung generate lives/g2p/model "c a t"                  an encoder-decoder reads the text and writes its answer
 
 A prompt becomes token ids once; from there on only ids are appended. What is given back is the answer alone, without
@@ -49,13 +50,24 @@ class Command(Sampling, Beam):
     chat: bool = False  # the prompt is a user's turn, put through the model's chat template
     stop: tuple[str, ...] = ()  # end the answer before any of these texts
     adapters: tuple[str, ...] = ()  # NAME=DIRECTORY of adapters on the model: each answers beside the model itself
+    steer: Path | None = None  # a steering vector: what is added to an activation while the model reads and writes
+    strength: float = 1.0  # how many times it is added
+    steer_at: str = ""  # where: "[:, -1:]" is from the prompt's last token on; default: everywhere
 
 
 def command(settings: Command) -> None:
     """`bildung generate DIR PROMPT`: the answer, as it comes."""
+    from bildung.model.steering import read_steering, steered
     from bildung.model.store import load
 
     lm = load(settings.directory)
+    if settings.steer is None:
+        return _answer(lm, settings)
+    with steered(lm, read_steering(settings.steer), settings.strength, at=settings.steer_at):
+        return _answer(lm, settings)
+
+
+def _answer(lm: LanguageModel, settings: Command) -> None:
     ids = encode_prompt(lm, settings.prompt, settings.chat)
     read = 1 if answers_sources(lm.model) else len(ids)
     room = max(1, min(USUAL_LENGTH, lm.config.max_position_embeddings - read))

@@ -1,0 +1,186 @@
+"""See which tokens of a text mattered for a prediction: gradient x input, integrated gradients, attention rollout.
+
+    bildung look saliency MODEL OUT --prompt "The capital of France is" --target " Paris"
+    bildung look saliency CLASSIFIER OUT --prompt "a film without a single idea"        explains the class it chose
+
+OUT gets saliency.html (one file, works offline) and saliency.json. The computation is in look/input_attribution.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bildung.core.errors import DataError, nearest
+from bildung.core.operation import Job, perform
+from bildung.core.record import Record
+from bildung.core.settings import settings as settings_class
+from bildung.look.attribution import one_token, strip
+from bildung.look.input_attribution import (
+    Method,
+    Saliency,
+    gradient_x_input,
+    integrated_gradients,
+    outputs,
+    rollout,
+    token_vector,
+)
+from bildung.look.page import render
+from bildung.look.prompt import encode_prompt, label
+from bildung.model.base import CausalLM
+from bildung.model.store import LanguageModel, load
+
+METHODS: tuple[Method, ...] = ("gradient_x_input", "integrated_gradients", "rollout")
+SURE = 0.01  # a gap of this share of what is explained is worth a note
+
+
+@settings_class
+class Settings:
+    """Saliency."""
+
+    prompt: str  # the text to read
+    chat: bool = False  # the prompt is a user's turn, put through the model's chat template
+    target: str | None = None  # the class, or the next token, that is explained; default: the likeliest
+    methods: tuple[Method, ...] = METHODS
+    baseline: str = "mean"  # of integrated gradients: mean (of all token vectors), zero, or a token
+    points: int = 64  # of the path that integrated gradients follow
+    max_tokens: int = 256  # refuse longer prompts
+
+
+@dataclass
+class Explained:
+    """One text, one output, several methods."""
+
+    tokens: list[int]
+    labels: list[str]
+    target: int
+    name: str  # of the target
+    methods: dict[str, Saliency]
+
+
+def saliency(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
+    """Make the page and the numbers. Raises DataError for what cannot be read or explained."""
+
+    def work(job: Job) -> None:
+        given = {name: getattr(settings, name) for name in ("chat", "target", "methods", "baseline", "points")}
+        found = explain(load(source), settings.prompt, max_tokens=settings.max_tokens, **given)
+        numbers = as_json(found, Path(source).name, settings)
+        (job.out / "saliency.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
+        (job.out / "saliency.html").write_text(page(numbers), encoding="utf-8")
+        job.tokens_seen = len(found.tokens)
+        job.measured = {"target": found.name}
+        for method, one in found.methods.items():
+            job.measured[f"most salient, {method}"] = found.labels[int(one.scores_L.abs().argmax())]
+            if one.gap is not None and one.value is not None and one.baseline is not None:
+                job.measured["gap of the integral"] = one.gap
+                if abs(one.gap) > SURE * abs(one.value - one.baseline):
+                    job.notes.append(
+                        f"the integral misses {one.gap:.3g} of {one.value - one.baseline:.3g}; more points"
+                    )
+
+    return perform("look saliency", Path(source), out, settings, work, force=force)
+
+
+def explain(
+    lm: LanguageModel,
+    prompt: str | Sequence[int] | Tensor,
+    *,
+    chat: bool = False,
+    target: str | int | None = None,
+    methods: Sequence[Method] = METHODS,
+    baseline: str = "mean",
+    points: int = 64,
+    max_tokens: int = 256,
+) -> Explained:
+    """Saliency of every token. target: a class by name or number, a next token by its text or id; None: the likeliest.
+
+    Raises DataError for a target that is not there, for an unknown method, and as `outputs` and `encode_prompt`.
+    """
+    ids = encode_prompt(lm, prompt, chat, max_tokens)
+    with torch.no_grad():
+        out_C = outputs(lm.model, torch.tensor([ids], device=lm.model.device))[0]
+    aim = _target(lm, target, len(out_C)) if target is not None else int(out_C.argmax())
+    found: dict[str, Saliency] = {}
+    for method in methods:
+        if method == "gradient_x_input":
+            found[method] = gradient_x_input(lm.model, ids, aim)
+        elif method == "integrated_gradients":
+            start_D = _baseline(lm, baseline)
+            found[method] = integrated_gradients(lm.model, ids, aim, baseline_D=start_D, points=points)
+        elif method == "rollout":
+            reads = 0 if lm.config.kind == "encoder" else -1  # the state that the head reads
+            found[method] = Saliency(rollout(lm.model, ids)[reads], None)
+        else:
+            raise DataError(f"{method!r} is no method; {nearest(method, METHODS)} There are {', '.join(METHODS)}.")
+    labels = [label(lm.tokenizer, number) for number in ids]
+    return Explained(ids, labels, aim, _name(lm, aim), found)
+
+
+def _classes(lm: LanguageModel) -> dict[int, str]:
+    names = lm.config.raw.get("id2label") or {}
+    return {int(number): str(name) for number, name in names.items()}
+
+
+def _target(lm: LanguageModel, target: str | int, count: int) -> int:
+    if isinstance(target, str) and isinstance(lm.model, CausalLM):
+        return one_token(lm, target)
+    names = {name: number for number, name in _classes(lm).items()}
+    if isinstance(target, str) and target in names:
+        return names[target]
+    if str(target).isdigit() and int(target) < count:
+        return int(target)
+    raise DataError(f"{target!r} is no class of this model; {', '.join(names) or f'0 to {count - 1}'} are.")
+
+
+def _name(lm: LanguageModel, target: int) -> str:
+    return label(lm.tokenizer, target) if isinstance(lm.model, CausalLM) else _classes(lm).get(target, str(target))
+
+
+def _baseline(lm: LanguageModel, baseline: str) -> Tensor | None:
+    if baseline == "mean":
+        return None
+    if baseline == "zero":
+        return torch.zeros_like(token_vector(lm, 0))
+    special = lm.tokenizer.backend.token_to_id(baseline)
+    return token_vector(lm, one_token(lm, baseline) if special is None else special)
+
+
+def as_json(found: Explained, model: str, settings: Settings) -> dict[str, Any]:
+    """What the page shows."""
+    return {
+        "model": model,
+        "prompt": settings.prompt,
+        "chat": settings.chat,
+        "target": found.name,
+        "baseline": settings.baseline,
+        "labels": found.labels,
+        "tokens": found.tokens,
+        "methods": {
+            name: {
+                "scores": [float(f"{value:.5g}") for value in one.scores_L.tolist()],
+                "value": one.value,
+                "baseline": one.baseline,
+                "gap": one.gap,
+            }
+            for name, one in found.methods.items()
+        },
+    }
+
+
+def page(numbers: dict[str, Any]) -> str:
+    """saliency.html: the text once per method, coloured, and all numbers as a table."""
+    strips = [
+        {"name": name, **one, "cells": strip(numbers["labels"], one["scores"], name)}
+        for name, one in numbers["methods"].items()
+    ]
+    rows = [
+        [text, *(one["scores"][n] for one in numbers["methods"].values())] for n, text in enumerate(numbers["labels"])
+    ]
+    keys = ("model", "prompt", "chat", "target", "baseline")
+    return render("saliency.html", strips=strips, rows=rows, **{key: numbers[key] for key in keys})

@@ -9,6 +9,9 @@ differs from cell to cell stands in the table of docs/composition.md, and each c
 
     python -m tests.contract.test_composition          writes the table anew
 
+A base that was pruned (half of each row's numbers are zeros) or edited (a change of rank one folded in) is an ordinary
+one, and behaves as fp32 does; a second table says what becomes of the zeros.
+
 A new method is a line in METHODS.
 """
 
@@ -45,6 +48,7 @@ from tests.model.tiny import tiny_lm
 DOCUMENT = Path(bildung.__file__).parents[1] / "docs/composition.md"
 FAMILIES = ("llama", "gpt2", "bert", "t5")
 BASES = ("fp32", "bf16", "int8", "nf4", "edited")
+CHANGED = ("pruned", "folded")  # dense bases that something was done to
 ONE_LAYER = {"gpt2": {"n_layer": 1}, "t5": {"num_layers": 1}}
 
 
@@ -103,6 +107,9 @@ def make_base(family: str, base: str, directory: Path) -> Path:
         model.bfloat16()
     elif base in STORES:
         replace_stores(model, "all", lambda linear: STORES[base].quantize(linear.base.dense().detach()))
+    elif base in CHANGED:
+        for linear in match_linears(model, "*.layers.*").values():
+            change(linear.base.dense(), base)
     lm = LanguageModel(model, tiny_lm().tokenizer, config)
     if base != "edited":
         return bildung.save(lm, directory)
@@ -111,6 +118,33 @@ def make_base(family: str, base: str, directory: Path) -> Path:
         linear.deltas["edit"] = delta = LowRank(linear.in_features, linear.out_features, 1, 1.0)
         nn.init.normal_(delta.lora_B, std=0.3, generator=torch.Generator().manual_seed(5))
     return bildung.save(lm, directory)
+
+
+@torch.no_grad()
+def change(weight_OI: Tensor, base: str) -> None:
+    """pruned: the smaller half of each row is 0. folded: plus u v^T."""
+    if base == "pruned":
+        smallest_OK = weight_OI.abs().argsort(dim=1)[:, : weight_OI.shape[1] // 2]
+        weight_OI.scatter_(1, smallest_OK, 0.0)
+        return
+    generator = torch.Generator().manual_seed(weight_OI.numel())
+    u_O, v_I = (torch.randn(size, generator=generator) for size in weight_OI.shape)
+    weight_OI.add_(0.02 * torch.outer(u_O, v_I))
+
+
+def zeros(model: Any) -> Tensor:
+    """Where the layers' matrices are exactly 0."""
+    chosen = match_linears(model, "*.layers.*").values()
+    return torch.cat([(linear.weight() == 0).flatten() for linear in chosen])
+
+
+def fate(before: Tensor, place: Path) -> str:
+    """What became of the base's zeros in what was merged, or in what was saved where nothing is merged."""
+    after = zeros(bildung.load(place / ("merged" if (place / "merged").exists() else "saved")).model)
+    if torch.equal(after & before, before):
+        return "kept"
+    left = float((after & before).sum() / before.sum())
+    return "filled" if left < 0.02 else f"{left:.0%} left"
 
 
 def logits(model: Any) -> Tensor:
@@ -221,6 +255,26 @@ def test_each_method_over_each_base(
     assert count in (0, int(documented()[name, family]["trained"].replace(",", "")))
 
 
+@pytest.mark.parametrize("base", CHANGED)
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_over_a_base_that_was_changed(
+    name: str, base: str, bases: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """As over fp32; of a pruned base, what becomes of the zeros."""
+    directory = bases("gpt2", base)
+    cell, _ = examine(METHODS[name], directory, base, tmp_path)
+    assert cell == documented()[name, "gpt2"]["fp32"]
+    if base == "pruned":
+        before = zeros(bildung.load(directory).model)
+        assert 0.4 < float(before.float().mean()) <= 0.5
+        assert zeros_documented()[name] == fate(before, tmp_path)
+
+
+def zeros_documented() -> dict[str, str]:
+    """The second table of docs/composition.md."""
+    return dict(re.findall(r"^\| `(\w+)` \| (kept|filled|\d+% left) \|$", DOCUMENT.read_text("utf-8"), re.MULTILINE))
+
+
 def documented() -> dict[tuple[str, str], dict[str, str]]:
     """The table of docs/composition.md: (method, family) -> {column: cell}."""
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \|(.*)\|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
@@ -260,6 +314,17 @@ masked-language head, t5 an encoder-decoder.
 |---|---|---|---|---|---|---|---|
 """
 
+ZEROS = """## Over a base that was pruned or edited
+
+A base whose matrices have zeros (half of each row), or into whose matrices a change of rank one was folded, is a dense
+model like any other: every method starts on it, trains, is saved and merges as on fp32 above. But no method knows of
+the zeros. What becomes of them in the merged model (where nothing is merged: in the matrices of the base) after one
+step, in gpt2:
+
+| method | zeros |
+|---|---|
+"""
+
 
 def write() -> None:
     """docs/composition.md from the cells as they are."""
@@ -286,7 +351,21 @@ def write() -> None:
                 lines.append(f"| `{name}` | {family} | {trained} | {' | '.join(cells)} |\n")
                 print(lines[-1], end="", flush=True)
     names = "".join(f"| `{name}` | {method.what} |\n" for name, method in METHODS.items())
-    DOCUMENT.write_text(f"{TOP}{''.join(lines)}\n| method | |\n|---|---|\n{names}", encoding="utf-8")
+    text = f"{TOP}{''.join(lines)}\n{ZEROS}{''.join(fates())}\n| method | |\n|---|---|\n{names}"
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+def fates() -> list[str]:
+    """The rows of the second table."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = make_base("gpt2", "pruned", Path(folder, "pruned"))
+        before, rows = zeros(bildung.load(base).model), []
+        for name, method in METHODS.items():
+            place = Path(folder, name)
+            place.mkdir()
+            examine(method, base, "pruned", place)
+            rows.append(f"| `{name}` | {fate(before, place)} |\n")
+    return rows
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from bildung.core.errors import SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.progress import progress
 from bildung.core.record import Record
+from bildung.core.settings import as_dict
 from bildung.core.settings import settings as settings_class
 from bildung.data.rows import Row, Unusable
 from bildung.data.sources import fingerprint, rows
@@ -162,10 +164,26 @@ def as_json(found: Probed, given: Settings, model: str) -> dict[str, Any]:
         "probes": {
             kind: {name: _pairs(values[p]) for name, values in measures.items()} for p, kind in enumerate(sweep.kinds)
         },
+        "command": command_line(given, model),
         "left_out": dict(units.left_out),
         "examples": units.examples,
         "notes": found.notes,
     }
+
+
+def command_line(given: Settings, model: str) -> str:
+    """What makes the page again: the settings that are not the default ones."""
+    usual = as_dict(Settings(data=given.data))
+    words = [f"bildung look probe {model} OUT --data {shlex.quote(given.data)}"]
+    for name, value in as_dict(given).items():
+        own = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
+        plain = {f"{name}.{key}": one for key, one in usual[name].items()} if isinstance(value, dict) else usual
+        for flag, one in own.items():
+            if one != plain[flag]:
+                texts = [shlex.quote(str(part)) for part in one] if isinstance(one, list | tuple) else [str(one)]
+                flag = flag.replace("_", "-")
+                words.append(f"--{flag}" if one is True else " ".join([f"--{flag}", *texts]))
+    return " ".join(words)
 
 
 def _pairs(values_SR: Tensor) -> list[list[float | None]]:

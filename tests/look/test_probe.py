@@ -223,5 +223,7 @@ def test_operation_leaves_page_picture_and_numbers(level: str, tmp_path: Path) -
         and "http://" not in page
         and "https://" not in page
     )
+    assert numbers["command"].endswith("--options.epochs 2") and "--limit 30 --seeds 2" in numbers["command"]
+    assert ("--level text" in numbers["command"]) == ("--mdl" in numbers["command"]) == (level == "text")
     assert (tmp_path / "out/probe.png").read_bytes()[:4] == b"\x89PNG"
     assert record.measured["units"] == numbers["units"] and len(record.data) == 1

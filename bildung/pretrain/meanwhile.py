@@ -2,6 +2,7 @@
 
 sample_prompts, sample_every     the model goes on writing from each prompt, at temperature 0.8
 card_every, card                 tasks (evaluate/card.py), each a curve of its own: card/prose, card/sentiment
+induction_every                  the induction circuit, while it forms (look/induction.py draws it)
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 
+from bildung.core.errors import SettingsError
 from bildung.core.settings import settings
 from bildung.evaluate.card import CardSettings, card, load_tasks
+from bildung.look import induction
 from bildung.model.store import LanguageModel
 from bildung.pretrain.size import Sized
 from bildung.run.generate import encode_prompt, generate
@@ -29,15 +32,20 @@ class Watched(Sized):
     sample_every: int = 0  # steps between samples; 0: with every measurement of the held-out loss
     card: CardSettings | None = None  # what to measure at the end, and in the course of training with card_every
     card_every: int = 0  # steps between cards; 0: none before the end
+    induction_every: int = 0  # steps between looks at the heads that do induction (look/induction.py); 0: none
 
 
 def check_looks(lm: LanguageModel, given: Watched) -> None:
     """Refuse what could not be done hours later. Raises SettingsError for prompts that do not fit the model's context,
-    and as card.load_tasks."""
+    DataError for a model without heads to look at, and as card.load_tasks."""
     for prompt in given.sample_prompts:
         check(lm.model, [encode_prompt(lm, prompt)], given.sample_tokens)
     if given.card is not None or given.card_every:
         load_tasks(lm, given.card or CardSettings())
+    if given.induction_every < 0:
+        raise SettingsError(f"induction_every = {given.induction_every} was given; it must be at least 0.")
+    if given.induction_every:
+        induction.check(lm)
 
 
 def looks(lm: LanguageModel, given: Watched) -> list[Also]:
@@ -47,6 +55,8 @@ def looks(lm: LanguageModel, given: Watched) -> list[Also]:
         found.append((every, lambda _: {"samples": samples(lm, given)}))
     if given.card_every:
         found.append((given.card_every, lambda _: card_figures(lm, given.card or CardSettings())))
+    if given.induction_every:
+        found.append((given.induction_every, lambda _: induction.watched(lm)))
     return found
 
 

@@ -111,7 +111,7 @@ def _numbers(rows: Sequence[Mapping[str, Any]], steps: int | None, running: bool
 
 
 def _charts(rows: Sequence[Mapping[str, Any]]) -> list[Markup]:
-    cards = {name: ((name, name),) for row in rows for name in row if name.startswith("card/")}
+    cards = {name: ((name, name),) for row in rows for name in row if name.startswith(("card/", "induction/"))}
     made = []
     for title, parts in {**CHARTS, **cards}.items():
         curves: list[Curve] = []

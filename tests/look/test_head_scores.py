@@ -71,6 +71,20 @@ def test_perfect_patterns_score_one_and_detect_heads_formula_only_without_bos() 
     assert found["previous token"] == pytest.approx(float(previous))
 
 
+def test_scores_are_those_of_transformer_lens_over_the_queries_that_have_such_a_place() -> None:
+    """TransformerLens 2.16.1, compute_head_attention_similarity_score(probs, pattern, exclude_bos=False,
+    exclude_current_token=False, error_measure="mul") with its three detection patterns for tokens 0 12345 12345. It
+    divides by the attention of all 11 queries; here the mean is over those that are asked, 5 or, for previous, 10."""
+    random = torch.Generator().manual_seed(0)
+    scores = torch.randn(11, 11, generator=random, dtype=torch.float64).float()
+    probs = scores.masked_fill(~torch.ones(11, 11).tril().bool(), float("-inf")).softmax(-1)
+    found = pattern_scores(probs[None, None], Repeats(torch.zeros(1, 11, dtype=torch.long), 5, 1))
+    theirs = {"previous token": 0.20738815, "duplicate token": 0.05719841, "induction": 0.02773360}
+    queries = {"previous token": 10, "duplicate token": 5, "induction": 5}
+    for name, value in theirs.items():
+        assert float(found[name]) * queries[name] / 11 == pytest.approx(value, abs=1e-6)
+
+
 def test_drawn_tokens_are_ordinary_distinct_and_repeated() -> None:
     lm = tiny_lm()
     repeats = repeated_tokens(lm, stretch=30, copies=3, rows=4)

@@ -13,6 +13,7 @@ from bildung.core.errors import DataError
 from bildung.look.composition import baseline, composition, composition_with
 from bildung.look.factored import Factored, positive_share
 from bildung.look.head_weights import (
+    LayerHeads,
     copying,
     embedding,
     head_weights,
@@ -177,6 +178,20 @@ def test_composition_is_the_dense_formula_and_chance_is_its_mean_over_rotations(
         turned = qk[0] @ rotation @ earlier[0]
         squares.append((turned.norm() / qk[0].norm() / earlier[0].norm()).square())
     assert float(torch.stack(squares).mean().sqrt()) == pytest.approx(baseline(192), rel=0.03)
+
+
+def test_composition_and_eigenvalues_are_those_of_transformer_lens() -> None:
+    """TransformerLens 2.16.1: utils.composition_scores(left, right) and FactoredMatrix.eigenvalues of these factors."""
+    random = torch.Generator().manual_seed(1)
+    o2, v2, o1, v1 = (torch.randn(2, *shape, generator=random) for shape in ((12, 3), (3, 12), (12, 4), (4, 12)))
+    earlier, later = (
+        LayerHeads(number, v, v, v, o, (0, 1)) for number, (o, v) in enumerate(((o1, v1), (o2, v2)))
+    )  # only OV matters for V
+    found = composition([earlier, later], ("V",))["V"][2:, :2]
+    assert torch.allclose(found, torch.tensor([[0.32612187, 0.25630543], [0.30544469, 0.28288525]]), atol=1e-5)
+    values = Factored(o2, v2).eigenvalues()
+    expected = torch.tensor([5.2651701 + 2 * 1.9432613, 2 * 2.4212637 - 2.2883804])
+    assert torch.allclose(values.sum(-1).real, expected, atol=1e-4)
 
 
 def test_the_circuit_set_by_hand_shows_in_its_weights() -> None:

@@ -161,8 +161,8 @@ class _Drop:
         """The probabilities of the next block, some of them 0 (a new tensor)."""
         if not self.dropout:
             return p_KRW
-        # 16 random bits decide on each number, so the share is rounded to 1/65536; bernoulli_ takes 64, and 3.4 times as
-        # long: it was half of a fine-tuning step.
+        # 16 random bits decide on each number, so the share is rounded to 1/65536. bernoulli_ takes 64, and 3.4 times as
+        # long: half of a fine-tuning step.
         dropped = round(self.dropout * 2**16)
         bits = torch.empty(-(-p_KRW.numel() // 4), dtype=torch.int64)
         bits = bits.random_(-(2**63), None, generator=self.generator).view(torch.int16)[: p_KRW.numel()]

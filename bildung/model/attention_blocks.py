@@ -161,7 +161,7 @@ class _Drop:
         """The probabilities of the next block, some of them 0 (a new tensor)."""
         if not self.dropout:
             return p_KRW
-        # 16 random bits decide on each number, so the share is rounded to 1/65536. bernoulli_ takes 64, and 3.4 times as
+        # 16 random bits decide on each number: the share is rounded to 1/65536. bernoulli_ takes 64, and 3.4 times as
         # long: half of a fine-tuning step.
         dropped = round(self.dropout * 2**16)
         bits = torch.empty(-(-p_KRW.numel() // 4), dtype=torch.int64)

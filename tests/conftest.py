@@ -76,3 +76,11 @@ def tiny_lm_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_lm(tiny_lm_directory: Path) -> LanguageModel:
     """The tiny model, loaded anew for each test."""
     return bildung.load(tiny_lm_directory)
+
+
+@pytest.fixture(autouse=True)
+def without_predictions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory that a training will take is predicted by a step on paper, which takes longer than most tests here
+    train: only tests marked `predicts`, and those that start processes of their own, have it done."""
+    if request.node.get_closest_marker("predicts") is None:
+        monkeypatch.setattr("bildung.train.training.predict", lambda *given: None)

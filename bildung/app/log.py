@@ -63,7 +63,8 @@ def _event(number: int, event: Mapping[str, Any]) -> RenderableType:
     head = Text.assemble((f"{number}. {event['operation']}", "bold cyan"), f"  {when}  {_cost(event)}")
     parts: list[RenderableType] = [head, Text(_inputs(event), "dim")]
     parts += [Text(f"note: {note}", "yellow") for note in event["notes"]]
-    if measured := _numbers(event["measured"]):
+    shown = {name: value for name, value in event["measured"].items() if not name.startswith("predicted_")}
+    if measured := _numbers(shown):
         parts.append(
             Text("measured: " + ", ".join(f"{name} {short_number(value)}" for name, value in measured.items()))
         )
@@ -73,7 +74,9 @@ def _event(number: int, event: Mapping[str, Any]) -> RenderableType:
 
 
 def _cost(event: Mapping[str, Any]) -> str:
-    parts = [duration(event["seconds"]), size(event["peak_bytes"])]
+    predicted = event["measured"].get("predicted_peak_bytes")
+    memory = size(event["peak_bytes"]) + (f" (predicted {size(predicted)})" if predicted else "")
+    parts = [duration(event["seconds"]), memory]
     if event["trained_tokens"]:
         parts.append(f"{event['trained_tokens']:,} of {event['tokens_seen']:,} tokens trained")
     return ", ".join(parts)

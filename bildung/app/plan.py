@@ -1,18 +1,21 @@
-"""Before a run: will it fit, how long will it take, on how many devices.
+"""Before an operation: what it will hold and compute, whether that fits, how long it will take, on how many devices.
 
-    bildung plan "tune lora" lives/smollm2/base --given rank=16 batch_size=4 max_length=640 steps=40
-    bildung plan "pretrain causal" tokenizer --given "model={model_type: llama, ...}" steps=1000 --memory 16GB
+    bildung plan "tune lora" lives/smollm2/base --given rank=16 batch_size=4 max_length=512 steps=40
+    bildung plan "tune full" lives/smollm2/base --given data=nursery:alpaca --memory 3GB
+    bildung plan "pretrain causal" words --given "model={model_type: llama, ...}" steps=1000 --memory 80GB --device cuda
+    bildung plan generate lives/smollm2/base --given prompt=4096 new_tokens=512 rows=8
 
-What is counted stands in train/plan.py. The time comes from a few steps on random numbers, which take `seconds`.
+With `data` among the settings of a tuning, its real batches are planned; otherwise full rows. What is counted stands in
+train/plan.py; the time comes from a few steps on random numbers, which take `seconds`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import tyro
@@ -20,142 +23,248 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from bildung.core.errors import SettingsError
-from bildung.core.settings import resolve, settings
+from bildung.core.errors import SettingsError, nearest
+from bildung.core.progress import duration, size
+from bildung.core.settings import as_dict, field_names, resolve, settings
 from bildung.core.verbs import find, verbs
+
+if TYPE_CHECKING:
+    from bildung.app.plan_training import Subject
+    from bildung.train.plan import Plan
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
 @settings
 class Command:
-    operation: tyro.conf.Positional[str]  # a verb that trains, in quotes: "tune lora", "pretrain causal", "align dpo"
+    operation: tyro.conf.Positional[str]  # a verb, in quotes: "tune lora", "pretrain causal", quantize, generate
     source: tyro.conf.Positional[Path]  # the directory it would start from
     given: tuple[str, ...] = ()  # its settings, as name=value
-    memory: str | None = None  # of one device, such as 24GB; default: what is free here
+    memory: str | None = None  # of one device, such as 24GB; default: all there is here
+    device: Literal["cpu", "cuda"] | None = None  # default: cuda where there is one
     ranks: tuple[int, ...] = (1, 2, 4, 8)  # numbers of devices to plan for
     seconds: float = 10.0  # how long to measure the speed; 0: not at all
 
 
 def command(settings: Command) -> None:
     """`bildung plan OPERATION SOURCE`."""
-    from bildung.train.plan import plan, speed
+    import torch
 
-    room = bytes_of(settings.memory) if settings.memory else psutil.virtual_memory().available
-    given, by_size = complete(settings_of(settings.operation, settings.given), settings.source.expanduser())
-    model, rows, length = as_trained(settings.operation, settings.source.expanduser(), given)
-    made = plan(model, rows=rows, length=length, optimizer=given.optimizer, micro_steps=given.micro_steps)
-    console = Console(highlight=False)
+    from bildung.app import plan_using
+    from bildung.train.memory import room_of
+
+    source, console = settings.source.expanduser(), Console(highlight=False)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.memory is None and device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("there is no GPU here; say how much memory it has: --memory 80GB.")
+    room = bytes_of(settings.memory) if settings.memory else room_of(torch.device(device))
     console.print(f"{settings.operation} from {settings.source}", markup=False)
-    if by_size:
-        console.print(by_size, markup=False)
+    if settings.operation in plan_using.OPERATIONS:
+        using(settings, source, room, console)
+    else:
+        training(settings, source, room, device == "cuda", console)
+
+
+def training(settings: Command, source: Path, room: int, on_accelerator: bool, console: Console) -> None:
+    """The plan of an operation that trains."""
+    from bildung.app.plan_advice import devices, in_words, what_fits
+    from bildung.app.plan_training import subject
+
+    operation, values = settings.operation, words(settings.given)
+    planned = subject(operation, source, settings_of(operation, values), read_data="data" in values)
+    made = planned.plan(on_accelerator)
+    if planned.said:
+        console.print(planned.said, markup=False)
     console.print(
         f"  {made.parameters:,} parameters, {made.trainable:,} of them trained; "
         f"{made.flops_per_token:,} floating-point operations per trained token"
     )
-    console.print(_parts(made))
-    console.print(_ranks(made, settings.ranks, room))
-    for line in advice(made, settings.ranks, room, rows):
-        console.print(line, markup=False, soft_wrap=True)
+    console.print(arithmetic(planned.model, planned.length))
+    console.print(parts_table(made.parts))
+    console.print(ranks_table(made, settings.ranks, room))
+    console.print(textbook_table(made.trainable, settings.ranks))
+    console.print(
+        "  DeepSpeed's estimators print other numbers: zero2 4 P + 16 P/N, zero3 18 P/N and the largest layer. None of "
+        "these counts activations.",
+        markup=False,
+        soft_wrap=True,
+    )
+    if made.peak_bytes <= room:
+        console.print(f"It fits one device with {size(room)} (peak {size(made.peak_bytes)}).", markup=False)
+    else:
+        console.print(f"One device with {size(room)} is too small by {size(made.peak_bytes - room)}.", markup=False)
+        found = what_fits(operation, planned.given, made.peak_bytes, room, planner(source, on_accelerator))
+        if found is not None:
+            console.print(in_words(operation, *found), markup=False, soft_wrap=True)
+        if said := devices(made, settings.ranks, room):
+            console.print(said, markup=False, soft_wrap=True)
+        if found is None and not said:
+            console.print("Nothing that was tried fits: a smaller model, or more devices.", markup=False)
     if settings.seconds and made.peak_bytes < psutil.virtual_memory().available:
-        per_second = speed(model, rows=rows, length=length, seconds=settings.seconds)
-        line = f"about {per_second:,.0f} tokens/s on this machine"
-        if given.steps is not None:
-            tokens = given.steps * given.micro_steps * rows * length
-            line += f": {given.steps} steps of {tokens // given.steps:,} tokens in {minutes(tokens / per_second)}"
-        console.print(line, markup=False)
+        console.print(time_line(planned, settings.seconds), markup=False)
 
 
-def settings_of(operation: str, given: tuple[str, ...]) -> Any:
-    """The settings of a training operation from name=value words. Raises SettingsError."""
+def planner(source: Path, on_accelerator: bool) -> Any:
+    """(operation, settings) -> peak bytes, for plan_advice.what_fits."""
+    from bildung.app.plan_training import subject
+    from bildung.app.plan_using import BITS
+
+    known: dict[Any, Any] = {}  # steps on paper; the optimizer is no part of them
+
+    def peak(operation: str, given: Any) -> int:
+        base = "tune lora" if operation == "tune qlora" else operation
+        kind = find(base, verbs()).load().Settings
+        changed = as_dict(given) if isinstance(given, kind) else common(given, kind)
+        planned = subject(base, source, resolve(kind, changed))
+        key = (base, planned.rows, planned.length, given.recompute, given.micro_steps > 1)
+        made = planned.plan(on_accelerator, known.get(key))
+        known[key] = made.moments
+        if operation != "tune qlora":
+            return int(made.peak_bytes)
+        frozen = [one for name, one in planned.model.linears().items() if name != "lm_head"]
+        numbers = sum(one.in_features * one.out_features for one in frozen)
+        less = int(numbers * (planned.model.dtype.itemsize - BITS["nf4"] / 8))
+        return int(dataclasses.replace(made, weights=made.weights - less).peak_bytes)
+
+    return peak
+
+
+def common(given: Any, kind: type) -> dict[str, Any]:
+    """What an operation's settings say that another's can take over."""
+    from bildung.train.training import Training
+
+    shared = {*field_names(Training), "data", "max_length", "pack"} & set(field_names(kind))
+    return {name: value for name, value in as_dict(given).items() if name in shared and name != "learning_rate"}
+
+
+def using(settings: Command, source: Path, room: int, console: Console) -> None:
+    """The plan of an operation that trains nothing."""
+    from bildung.app.plan_training import runtime
+    from bildung.app.plan_using import base_of, use
+    from bildung.model.config import read_config
+    from bildung.model.count import on_paper
+
+    made = use(settings.operation, source, words(settings.given), runtime())
+    console.print(
+        f"  {made.parameters:,} parameters; {made.flops_per_token:,} floating-point operations per token read"
+    )
+    console.print(arithmetic(on_paper(read_config(base_of(source))), made.length))
+    console.print(parts_table(made.parts))
+    if made.peak_bytes <= room:
+        console.print(f"It fits {size(room)} (peak {size(made.peak_bytes)}).", markup=False)
+        return
+    largest = max(made.parts, key=lambda name: made.parts[name])
+    console.print(f"{size(room)} is too small by {size(made.peak_bytes - room)}; the largest part: {largest}.")
+    for change in using_less(settings.operation, words(settings.given)):
+        smaller = use(settings.operation, source, change, made.parts["runtime"])
+        if smaller.peak_bytes <= room:
+            said = " ".join(f"{name}={value}" for name, value in change.items())
+            console.print(f"With {said} it takes {size(smaller.peak_bytes)}.", markup=False)
+            return
+    console.print("Quantize the model first (`bildung quantize --method nf4`), or use a machine with more memory.")
+
+
+def using_less(operation: str, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Settings that take less, the smallest change first."""
+    from bildung.app.plan_using import GIVEN
+
+    asked = {**GIVEN[operation], **given}
+    found: list[dict[str, Any]] = []
+    while asked.get("rows", 1) > 1:
+        asked = {**asked, "rows": asked["rows"] // 2}
+        found.append(asked)
+    while asked.get("prompt", 0) > 128:
+        asked = {**asked, "prompt": asked["prompt"] // 2}
+        found.append(asked)
+    if "dtype" in asked:
+        found.append({**asked, "dtype": "bfloat16"})
+    return found
+
+
+def words(given: tuple[str, ...]) -> dict[str, Any]:
+    """name=value words. Raises SettingsError."""
+    for word in given:
+        if "=" not in word:
+            raise SettingsError(f"--given {word!r}: settings are written name=value, such as batch_size=4.")
+    return {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in given)}
+
+
+def settings_of(operation: str, values: dict[str, Any]) -> Any:
+    """The settings of a training operation. Raises SettingsError."""
+    from bildung.app.plan_using import OPERATIONS
     from bildung.train.training import Training
 
     module = find(operation, verbs()).load()
     kind = getattr(module, "Settings", None)
     if kind is None or not issubclass(kind, Training):
-        raise SettingsError(f"{operation!r} does not train; plans are for operations that do, such as 'tune lora'.")
-    words = dict(word.partition("=")[::2] for word in given)
-    values = {name: yaml.safe_load(value) for name, value in words.items()}
-    return resolve(kind, {"data": "mini:chat", **values} if "data" in kind.__dataclass_fields__ else values)
+        hint = nearest(operation, OPERATIONS) or "those that train, such as 'tune lora', and " + ", ".join(OPERATIONS)
+        raise SettingsError(f"{operation!r} has no plan; {hint}")
+    return resolve(kind, {"data": "mini:chat", **values} if "data" in field_names(kind) else values)
 
 
-def complete(given: Any, source: Path) -> tuple[Any, str]:
-    """The settings with what follows from `size` filled in, and what was chosen in words."""
-    from bildung.pretrain.size import Sized, chosen
+def arithmetic(model: Any, length: int) -> Table:
+    """The terms of a forward pass over one row: multiply-adds of each part, all layers together."""
+    from bildung.model.count import count
 
-    return chosen(given, source) if isinstance(given, Sized) else (given, "")
-
-
-def as_trained(operation: str, source: Path, given: Any) -> tuple[Any, int, int]:
-    """(the model on paper as the operation would train it, rows of a micro-batch, their length)."""
-    import torch
-
-    from bildung.model.config import from_dict, read_config
-    from bildung.model.count import on_paper
-    from bildung.model.store import LanguageModel
-    from bildung.pretrain.birth import config_for
-    from bildung.tokens.tokenizer import Tokenizer
-
-    given, _ = complete(given, source)
-    if (source / "config.json").exists():
-        config = read_config(source)
-    elif getattr(given, "model", None) is not None:
-        keys = yaml.safe_load(given.model)
-        config = from_dict(keys) if operation == "pretrain image" else config_for(Tokenizer.load(source), keys)
-    else:
-        raise SettingsError(f"{source} holds no model; give model={{...}}, the keys of the config.json of a new one.")
-    model: Any = on_paper(config)
-    rows = given.batch_size * (2 if operation == "align dpo" else 1)
-    if (add := _addition(operation, given)) is not None:
-        model = model.to(torch.bfloat16 if given.precision == "bf16" else torch.float32)
-        whole = LanguageModel(model, Tokenizer.load(source), config)
-        add(whole if operation in ("tune prompt", "tune prefix") else model, given)
-    else:
-        model.requires_grad_(True)
-    return model, rows, getattr(given, "max_length", config.max_position_embeddings)
-
-
-def _addition(operation: str, given: Any) -> Callable[[Any, Any], Any] | None:
-    """What freezes the model and adds what trains: `add_NAME` of bildung/tune/NAME.py; None when all of it trains."""
-    from bildung.tune.lora import add_lora
-
-    own = getattr(find(operation, verbs()).load(), f"add_{operation.partition(' ')[2]}", None)
-    return own if own is not None or not hasattr(given, "rank") else add_lora
-
-
-def advice(made: Any, ranks: tuple[int, ...], room: int, rows: int) -> list[str]:
-    """What fits, in words."""
-    if made.peak_bytes <= room:
-        return [f"It fits one device with {show(room)} (peak {show(made.peak_bytes)})."]
-    said = [f"One device with {show(room)} is too small by {show(made.peak_bytes - room)}."]
-    for count in sorted(ranks):
-        for kind in ("zero1", "zero2", "zero3"):
-            if count > 1 and made.on(count, kind) <= room:
-                each = show(made.on(count, kind))
-                return [*said, f"{count} devices with --parallel {kind} are enough ({each} each)."]
-    if made.activations > made.peak_bytes / 3 and rows > 1:
-        said.append(
-            f"Activations are the largest part: batch_size {max(1, rows // 2)} with twice the micro_steps is the same "
-            f"training in {show(made.peak_bytes - made.activations // 2)}."
-        )
-    return said
-
-
-def _parts(made: Any) -> Table:
-    table = Table("part", "bytes", "share", box=None)
-    for name in ("weights", "gradients", "optimizer", "activations", "logits", "runtime"):
-        value = getattr(made, name)
-        table.add_row(name, show(value), f"{value / made.peak_bytes:.0%}")
-    table.add_row("peak", show(made.peak_bytes), "")
+    sums: dict[str, int] = {}
+    for part in count(model, length):
+        name = re.sub(r"layers\.\d+\.", "", part.name)
+        sums[name] = sums.get(name, 0) + part.multiply_adds
+    total = sum(sums.values())
+    table = Table("of a row of", f"{length} tokens", "multiply-adds of a token", "share", box=None)
+    for name, number in sums.items():
+        if number:
+            table.add_row("", name, f"{number / length:,.0f}", f"{number / total:.1%}")
+    table.add_row("", "forward pass", f"{total / length:,.0f}", "")
     return table
 
 
-def _ranks(made: Any, ranks: tuple[int, ...], room: int) -> Table:
-    table = Table("devices", "ddp", "zero1", "zero2", "zero3", box=None)
+def parts_table(parts: dict[str, int]) -> Table:
+    """Bytes of each part at the fullest moment."""
+    table = Table("at the fullest moment", "bytes", "share", box=None)
+    peak = sum(parts.values())
+    for name, value in parts.items():
+        if value:
+            table.add_row(name, size(value), f"{value / peak:.0%}")
+    table.add_row("peak", size(peak), "")
+    return table
+
+
+def ranks_table(made: Plan, ranks: tuple[int, ...], room: int) -> Table:
+    """Peak bytes of one of several devices."""
+    from bildung.train.sharing import KINDS
+
+    table = Table("devices", *KINDS, box=None)
     for count in ranks:
-        cells = [made.on(count, kind) for kind in ("ddp", "zero1", "zero2", "zero3")]
-        table.add_row(str(count), *(f"{show(cell)}{'' if cell <= room else ' (too much)'}" for cell in cells))
+        cells = [made.on(count, kind) for kind in KINDS]
+        table.add_row(str(count), *(f"{size(cell)}{'' if cell <= room else ' (too much)'}" for cell in cells))
     return table
+
+
+def textbook_table(trained: int, ranks: tuple[int, ...]) -> Table:
+    """What the textbook says of P trained parameters (train/sharing.py): states held, and sent in a step."""
+    from bildung.train.sharing import KINDS, held, sent
+
+    table = Table("textbook, 16 P", *(f"{kind}" for kind in KINDS), box=None)
+    for count in ranks:
+        cells = [f"{size(held(trained, kind, count))}, sends {size(2 * sent(kind, count, trained))}" for kind in KINDS]
+        table.add_row(str(count), *cells)
+    return table
+
+
+def time_line(planned: Subject, seconds: float) -> str:
+    """How long it will take, from some steps now."""
+    from bildung.train.speed import speed
+
+    per_second = speed(planned.model, planned.objective, planned.batch, seconds)
+    rows, length, given = planned.rows, planned.length, planned.given
+    unit = "tokens" if length > 1 else "images"
+    line = f"about {per_second * rows * length:,.0f} {unit}/s on this machine"
+    if planned.steps is not None:
+        tokens = planned.steps * given.micro_steps * rows * length
+        took = duration(planned.steps * given.micro_steps / per_second)
+        line += f": {planned.steps} steps of {tokens // planned.steps:,} {unit} in {took}"
+    return line
 
 
 def bytes_of(text: str) -> int:
@@ -164,15 +273,3 @@ def bytes_of(text: str) -> int:
     if found is None or not math.isfinite(float(found.group(1))):
         raise SettingsError(f"memory = {text!r}; a number with {', '.join(UNITS)} is expected, such as 24GB.")
     return int(float(found.group(1)) * UNITS[found.group(2)])
-
-
-def show(value: float) -> str:
-    """Bytes for people."""
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
-
-
-def minutes(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -12,7 +12,7 @@ import sys
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 
@@ -51,9 +51,12 @@ class PeakMemory:
 
     bytes: int = 0
     accelerator_bytes: int = 0
+    innermost: ClassVar[PeakMemory | None] = None
 
     def __enter__(self) -> PeakMemory:
-        _give_back_memory()
+        gc.collect()
+        give_back_memory()
+        self._outer, PeakMemory.innermost = PeakMemory.innermost, self
         self._process = psutil.Process()
         self._over = threading.Event()
         self._sampler = None if _reset_high_water_mark() else threading.Thread(target=self._sample, daemon=True)
@@ -66,13 +69,17 @@ class PeakMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        PeakMemory.innermost = self._outer
         if self._sampler:
             self._over.set()
             self._sampler.join()
-        else:
-            self.bytes = _high_water_mark()
+        self.bytes = self.so_far()
         if torch := _torch_on_cuda():
             self.accelerator_bytes = torch.cuda.max_memory_allocated()
+
+    def so_far(self) -> int:
+        """The highest resident memory since the block began."""
+        return self.bytes if self._sampler else _high_water_mark()
 
     def _sample(self) -> None:
         while True:
@@ -81,10 +88,14 @@ class PeakMemory:
                 return
 
 
-def _give_back_memory() -> None:
+def peak_so_far() -> int:
+    """The highest resident memory since the innermost PeakMemory began; 0 outside of one."""
+    return PeakMemory.innermost.so_far() if PeakMemory.innermost is not None else 0
+
+
+def give_back_memory() -> None:
     """Return to the system what is free. glibc keeps what an operation freed, 2 GB after a training run here, and the
     next operation's peak would stand on top of it."""
-    gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim
             ctypes.CDLL(None).malloc_trim(0)

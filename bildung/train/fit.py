@@ -187,7 +187,7 @@ def fit(
             bar.advance(1, tokens=row["tokens"], loss=row["loss"], **_share(row))
             if run.stopped:
                 keep()
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(f"Step {history.steps} is in a checkpoint." if checkpoint_every else "")
             if checkpoint_every and (history.steps % checkpoint_every == 0 or history.best_step == history.steps):
                 keep()
         if history.steps > resumed_at and history.steps % max(checkpoint_every, 1):

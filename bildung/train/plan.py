@@ -1,109 +1,219 @@
-"""Before a run: what it will hold in memory and how long it will take, part by part.
+"""Before a run: what a training step will hold in memory, part by part, and how much it computes.
 
-    weights       read once; float32 where they train
-    gradients     one number per trained one
-    optimizer     AdamW: two numbers per trained one
+    weights       as they are kept: float32 where they train
+    cast          copies of them in the type of the activations, which the backward pass needs again
+    gradients     one number per trained one; until the backward pass reaches a weight it has none
+    optimizer     AdamW: two numbers per trained one, from the second step on
     activations   what the backward pass will need of one micro-batch
     logits        of one chunk of rows, with their slope (train/objectives.py)
+    checkpoint    the copy of what trains, and of the optimizer's state, that a thread writes while training goes on
+    holes         on a CPU, memory that the C library keeps between tensors that come and go
+    runtime       the process itself: Python, PyTorch, their threads, the data
 
-Activations are not estimated by a formula but counted: the model runs once on fake tensors, which have shapes and no
-numbers, and what autograd keeps is added up. So every family, adapter, dropout and attention kernel counts as it is.
+The step is run once on paper (ledger.py), so all of this is counted but three parts: the optimizer's state, which is
+known; the runtime, which is what the process has when it is asked; and the holes, which no count of tensors shows. The
+parts do not all have their largest size at the same time: those printed are of the fullest moment.
 
-With N ranks the parts shrink as the textbook says (Rajbhandari et al. 2020): zero1 divides the optimizer, zero2 the
-gradients too, zero3 the weights too. (Weights here are float32 masters; see parallel.py.)
+With N ranks the parts shrink as the textbook says (sharing.py): zero1 divides the optimizer, zero2 the gradients too,
+zero3 the weights too.
 """
 
 # B rows, L length
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bildung.model.base import CausalLM
 from bildung.model.count import count, totals
-from bildung.train.objectives import CHUNK_ELEMENTS, surprisal_sum
+from bildung.model.recompute import Recompute, set_recompute
+from bildung.train.ledger import Ledger, paper_of, without_numbers
+from bildung.train.loss import LossSum, Objective
+from bildung.train.muon import matrices_of
+from bildung.train.objectives import surprisal_sum
+from bildung.train.sharing import parts as cut
+from bildung.train.utilisation import flops_per_token
 
-OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw": 0.0, "adamw_8bit": 2.1, "muon": 4.0, "adafactor": 0.1}
+Moments = tuple[Mapping[str, int], ...]  # of a step: cast, gradients, activations, logits that are there together
+PARTS = ("weights", "cast", "gradients", "optimizer", "activations", "logits", "checkpoint", "holes", "runtime")
+SPARE = {"adamw": 0, "paged_adamw": 2, "muon": 4, "adafactor": 4, "adamw_8bit": 8}
+"""Float32 copies of the largest parameter that the optimizer's arithmetic takes for a moment."""
+HOLES = 0.3
+"""Of what comes and goes in a step, on a CPU. glibc before 2.38 cannot put an aligned block into the hole that one of
+the same size has left, so holes add up; with every tensor mapped apart (MALLOC_MMAP_THRESHOLD_=131072) there are none
+and a step takes twice as long. Measured on SmolLM2 (docs/log.md): 0.30 and 0.34, and 0.00 with tensors mapped apart."""
+KERNELS = 70_000_000
+"""Bytes of code and work space that the CPU's kernels take once they have run."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes of each part on one device, and the arithmetic of one token."""
+    """Bytes on one device, and the arithmetic of one token."""
 
     parameters: int
     trainable: int
-    flops_per_token: int  # of training: three forward passes
+    flops_per_token: int  # of training: three forward passes, less what frozen matrices save
     weights: int
-    gradients: int
+    gradients: int  # when all are there
     optimizer: int
-    activations: int
-    logits: int
-    runtime: int  # the process itself: Python, PyTorch, its threads
-    micro_steps: int = 1
+    moments: Moments
+    checkpoint: int = 0
+    runtime: int = 0
+    steps: int = 2  # with one step, the optimizer's state comes after the activations are gone
+    holes: float = 0.0  # a share of the moment
 
     @property
     def peak_bytes(self) -> int:
         """The most that is there at a time, on one device."""
         return self.on(1, "ddp")
 
-    def on(self, ranks: int, kind: str) -> int:
-        """Peak bytes of one of several ranks.
+    @property
+    def parts(self) -> dict[str, int]:
+        """The parts at that moment."""
+        return self.parts_on(1, "ddp")
 
-        In the backward pass activations go as gradients come, so the larger of the two counts; from the second
-        micro-step on, the gradients of those before are there from the start.
-        """
-        by = {
-            "ddp": (1, 1, 1),
-            "zero1": (1, 1, ranks),
-            "zero2": (1, ranks, ranks),
-            "zero3": (ranks, ranks, ranks),
-        }[kind]
-        gradients = self.gradients // by[1]
-        both = self.activations + gradients if self.micro_steps > 1 else max(self.activations, gradients)
-        return self.weights // by[0] + self.optimizer // by[2] + both + self.logits + self.runtime
+    def on(self, ranks: int, kind: str) -> int:
+        """Peak bytes of one of several ranks."""
+        return sum(self.parts_on(ranks, kind).values())
+
+    def parts_on(self, ranks: int, kind: str) -> dict[str, int]:
+        """The parts of one of several ranks at its fullest moment."""
+        weights, gradients, optimizer = cut(kind, ranks)
+        fixed = {
+            "weights": self.weights // weights,
+            "optimizer": self.optimizer // optimizer if self.steps > 1 else 0,
+            "checkpoint": self.checkpoint // max(weights, optimizer),
+            "runtime": self.runtime,
+        }
+        found = [{**moment, "gradients": moment.get("gradients", 0) // gradients} for moment in self.moments]
+        fullest = max(found, key=lambda moment: sum(moment.values()))
+        whole = {**fixed, **fullest, "holes": int(self.holes * sum(fullest.values()))}
+        update = {**fixed, "gradients": self.gradients // gradients, "optimizer": self.optimizer // optimizer}
+        best = max(whole, update, key=lambda parts: sum(parts.values()))
+        return {name: best.get(name, 0) for name in PARTS}
 
 
 def plan(
     model: Any,
+    objective: Objective,
+    batch: Any,
     *,
-    rows: int,
-    length: int,
-    dtype: torch.dtype = torch.bfloat16,
     optimizer: str = "adamw",
+    kept_as: str = "fp32",
+    page_budget: float = 256e6,
     micro_steps: int = 1,
+    steps: int = 2,
+    checkpoint: bool = False,
+    recompute: Recompute = "none",
+    length: int | None = None,
+    runtime: int | None = None,
+    on_accelerator: bool = False,
+    moments: Moments | None = None,
 ) -> Plan:
-    """What one training step on `rows` rows of `length` tokens holds; the model as it will be trained.
+    """What a training step on such a batch holds.
 
-    `model` says by requires_grad what trains, and may be on paper (model.count.on_paper) or real.
+    model: as it will be trained, its compute_dtype set; requires_grad says what trains. May be on the meta device.
+    batch: real numbers, few beside the model's: tokens and masks.
+    length: tokens of a row, for the arithmetic; default: that of the batch.
+    checkpoint: whether a thread writes copies while training goes on.
+    runtime: bytes of the process without the model; default: what this process has now.
+    on_accelerator: of a model on the meta device: it is to be trained on one, where neither runtime nor holes count.
+    moments: those of `run_on_paper` with this batch, if they are known.
     """
-    parts = count(model, length)
-    parameters, multiply_adds = totals(parts)
+    length = length or length_of(batch)
+    parameters, _ = totals(count(model, length))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    stored = {id(tensor): tensor for tensor in _all_tensors(model)}.values()
-    trained_bytes = sum(parameter.numel() * 4 for parameter in trained)
-    vocab = model.config.vocab_size
-    chunk = min(CHUNK_ELEMENTS, rows * length * vocab) * (4 + dtype.itemsize + 4)
+    gradients = sum(parameter.nbytes for parameter in trained)
+    state = state_bytes(model, optimizer, kept_as, page_budget)
+    if moments is None:
+        moments = run_on_paper(model, objective, batch, twice=micro_steps > 1, recompute=recompute)
+    on_cpu = model.device.type in ("cpu", "meta") and not on_accelerator
+    spare = SPARE[optimizer] * 4 * max((parameter.numel() for parameter in trained), default=0)
     return Plan(
         parameters=parameters,
         trainable=sum(parameter.numel() for parameter in trained),
-        flops_per_token=2 * 3 * multiply_adds // length,
-        weights=sum(tensor.nbytes for tensor in stored),
-        gradients=trained_bytes,
-        optimizer=int(OPTIMIZER_BYTES[optimizer] * trained_bytes / 4),
-        activations=saved_bytes(model, rows, length, dtype),
-        logits=chunk,
-        runtime=psutil.Process().memory_info().rss,
-        micro_steps=micro_steps,
+        flops_per_token=round(flops_per_token(model, length)),
+        weights=sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in _all_tensors(model)}.values()),
+        gradients=gradients,
+        optimizer=state,
+        moments=(*moments, {"gradients": gradients, "activations": spare}),
+        checkpoint=gradients + state if checkpoint else 0,
+        runtime=(psutil.Process().memory_info().rss + KERNELS if runtime is None else runtime) if on_cpu else 0,
+        steps=steps,
+        holes=HOLES if on_cpu else 0.0,
     )
+
+
+def run_on_paper(
+    model: Any, objective: Objective, batch: Any, *, twice: bool = False, recompute: Recompute = "none"
+) -> Moments:
+    """The fullest moments of a forward and backward pass, one for each amount of gradients that matters. twice: with
+    the gradients of a micro-batch before it."""
+    paper = without_numbers(model)
+    paper.train()
+    set_recompute(paper, recompute)
+    vocab_size = getattr(model.config, "vocab_size", None)
+    shapes = {(parameter.shape, parameter.dtype) for parameter in paper.parameters() if parameter.requires_grad}
+    weights = {shape for shape, _ in shapes} | {parameter.shape for parameter in paper.parameters()}
+
+    def kind_of(tensor: Tensor) -> str:
+        if (tensor.shape, tensor.dtype) in shapes:
+            return "gradients"
+        if tensor.shape in weights and tensor.ndim > 1:
+            return "cast"
+        return "logits" if vocab_size in tensor.shape[-1:] and tensor.is_floating_point() else "activations"
+
+    ledger = Ledger(kind_of, paper_of(paper))
+
+    def became_gradient(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            ledger.note(parameter.grad, "gradients")
+
+    for tensor in _all_tensors(paper):
+        ledger.note(tensor, "weights")
+    ledger.alive.clear()  # they are counted apart, as they are
+    for parameter in paper.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(became_gradient)
+    with torch.random.fork_rng(devices=[]), ledger:
+        for _ in range(1 + twice):
+            ledger.moments.clear()
+            loss = objective(paper, batch)
+            loss.total.backward()
+            del loss
+    return _fullest(ledger.moments)
+
+
+def _fullest(moments: Mapping[int, Counter[str]]) -> Moments:
+    """Those that can be the fullest when gradients are cut in parts: with fewer gradients, more of the rest."""
+    found: list[Counter[str]] = []
+    for gradients in sorted(moments, reverse=True):
+        moment = moments[gradients]
+        if not found or moment.total() - gradients > max(one.total() - one["gradients"] for one in found):
+            found.append(moment)
+    return tuple(dict(one) for one in found)
+
+
+def state_bytes(model: Any, optimizer: str, kept_as: str = "fp32", page_budget: float = 256e6) -> int:
+    """Bytes of the optimizer's state (optimizer.py's table), where the weights are."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    numbers = sum(parameter.numel() for parameter in trained)
+    if kept_as != "fp32":
+        return numbers * (10 if kept_as == "kahan" else 8)
+    if optimizer == "muon":
+        return 8 * numbers - 4 * sum(parameter.numel() for parameter in matrices_of(model))
+    if optimizer == "adafactor":
+        return sum(4 * (sum(p.shape[-2:]) if p.ndim > 1 else p.numel()) for p in trained)
+    if optimizer == "adamw_8bit":
+        return sum(p.numel() * 8 if p.numel() < 4096 else p.numel() * 2 + p.numel() // 32 for p in trained)
+    return min(8 * numbers, int(page_budget)) if optimizer == "paged_adamw" else 8 * numbers
 
 
 def _all_tensors(model: Any) -> Iterable[Tensor]:
@@ -113,27 +223,12 @@ def _all_tensors(model: Any) -> Iterable[Tensor]:
         yield from linear.base.tensors().values()
 
 
-def saved_bytes(model: Any, rows: int, length: int, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps of a forward pass for the backward pass, parameters themselves apart."""
-    before = model.compute_dtype
-    kept: dict[int, tuple[int, Tensor]] = {}
-    own: set[int] = set()
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = (storage.nbytes(), tensor)  # held, so that its number is not given anew
-        return tensor
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = _fake_copy(model)
-        own.update(parameter.untyped_storage()._cdata for parameter in fake.parameters())
-        fake.compute_dtype = dtype
-        fake.train()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            read(fake, rows, length)
-    model.compute_dtype = before
-    return sum(size for size, _ in kept.values())
+def length_of(batch: Any) -> int:
+    """Tokens of a row of a batch (of images: 1; their number of patches follows from the model)."""
+    for owner in (batch, getattr(batch, "target", None), getattr(batch, "batch", None)):
+        if (tokens_BL := getattr(owner, "tokens_BL", None)) is not None:
+            return int(tokens_BL.shape[1])
+    return 1
 
 
 def read(model: Any, rows: int, length: int) -> tuple[Any, Tensor, Tensor]:
@@ -149,37 +244,12 @@ def read(model: Any, rows: int, length: int) -> tuple[Any, Tensor, Tensor]:
     return model, tokens_BL, model.hidden(tokens_BL)
 
 
-def _fake_copy(model: Any) -> Any:
-    """The same model without numbers: same shapes, deltas and requires_grad."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        fake = torch.nn.Parameter(
-            torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
-        )
-        memo[id(parameter)] = fake
-    for module in model.modules():  # small tables that follow from the config, and quantized numbers, stay as they are
-        memo |= {id(value): value for value in vars(module).values() if isinstance(value, Tensor)}
-        memo |= {id(buffer): buffer for buffer in module.buffers(recurse=False)}
-    return copy.deepcopy(model, memo)
-
-
-def speed(model: Any, *, rows: int, length: int, seconds: float, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Tokens per second of forward and backward passes on random numbers, after one that warms up. (Of an encoder or a
-    model of images without its head, a small part of the work.)"""
-    real = copy.deepcopy(model).to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in real.parameters():
-            parameter.normal_(0.0, 0.02)
-    real.compute_dtype = dtype
-    real.train()
-    passes, start = 0, time.monotonic()
-    while passes < 2 or time.monotonic() - start < seconds:
-        reader, tokens_BL, h_BLD = read(real, rows, length)
-        if isinstance(reader, CausalLM):
-            surprisal_sum(reader, h_BLD[:, :-1].flatten(0, 1), tokens_BL[:, 1:].flatten()).backward()
-        else:
-            h_BLD.float().square().sum().backward()
-        passes += 1
-        if passes == 1:
-            start = time.monotonic()
-    return (passes - 1) * rows * length / (time.monotonic() - start)
+def any_objective(model: Any, batch: tuple[int, int]) -> LossSum:
+    """An objective for (rows, length) when no data is at hand: every token is a target; of a model that continues no
+    text, every state counts."""
+    rows, length = batch
+    reader, tokens_BL, h_BLD = read(model, rows, length)
+    if isinstance(reader, CausalLM):
+        targets_N = tokens_BL[:, 1:].flatten()
+        return LossSum(surprisal_sum(reader, h_BLD[:, :-1].flatten(0, 1), targets_N), targets_N.numel())
+    return LossSum(h_BLD.float().square().sum(), h_BLD.shape[0])

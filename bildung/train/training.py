@@ -13,6 +13,7 @@ import torch
 
 from bildung.core import ranks
 from bildung.core.errors import DataError, SettingsError, TrainingError
+from bildung.core.hardware import give_back_memory, peak_so_far
 from bildung.core.operation import Job
 from bildung.core.progress import size
 from bildung.core.settings import as_dict, settings
@@ -30,6 +31,7 @@ from bildung.train.overfitting import overfitting
 from bildung.train.paged import PagedAdamW
 from bildung.train.parallel import Kind, Parallel
 from bildung.train.precision import COMPUTE, FROZEN, Precision, check_precision
+from bildung.train.predict import predict
 from bildung.train.regularise import add_gradient_noise, add_l1, neftune
 from bildung.train.shards import held_bytes
 from bildung.train.utilisation import full_speed
@@ -221,6 +223,7 @@ def run(
     rates: factors on the learning rates of single parameters (mup.factors).
     also: what is looked at every so many steps, such as samples or cards; not where the model is spread over ranks.
     """
+    model.to(model.device)  # what was added beside its weights comes to where they are
     one_pass = batch_at.batches_per_epoch / given.micro_steps
     steps = steps_of(given, batch_at.batches_per_epoch)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -231,6 +234,7 @@ def run(
     )
     if given.weights != "fp32":
         bfloat16_weights(model)
+    predict(job, model, given, batch_at, objective, steps, carried)
     tell(model, given)
     speed = full_speed(model, getattr(given, "max_length", None), ranks.world_size())
     parallel = Parallel(given.parallel, model, objective, offload=given.offload, tensor_ranks=given.tensor_ranks)
@@ -263,6 +267,7 @@ def run(
             carried=carried,
             **fit_options(job, given, steps),
         )
+    job.measured["training_peak_bytes"] = peak_so_far()  # of all until here; what is measured afterwards comes on top
     held = held_bytes(model, optimizer)
     job.measured["optimizer_bytes"] = held["optimizer"]
     if given.parallel != "none":
@@ -276,6 +281,7 @@ def run(
         job.measured["optimizer_resident_bytes"] = optimizer.peak_resident_bytes
     parallel.finish()
     untell(model)
+    give_back_memory()  # what comes next, such as files that are read, is not to stand on top of the activations
     job.tokens_seen, job.trained_tokens = history.tokens_seen, history.trained_tokens
     job.notes += [*notes, *history.notes]
     job.measured |= {"trainable_parameters": trainable, "epochs": history.steps / one_pass, **history.summary()}

@@ -1,45 +1,84 @@
-"""Bytes before a run: counted on fake tensors, equal to what autograd really keeps."""
+"""Bytes before a run: counted on tensors without numbers, equal to what autograd really keeps."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import gc
+from dataclasses import replace
 
 import pytest
 import torch
 
-from bildung.app.cli import run
-from bildung.app.plan import advice, as_trained, bytes_of, settings_of
-from bildung.core.errors import SettingsError
+from bildung.app.plan_training import text
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.count import on_paper
-from bildung.train.plan import Plan, plan, saved_bytes, speed
+from bildung.model.linear import match_linears
+from bildung.model.low_rank import LowRank
+from bildung.model.quantized import Int8, Nf4
+from bildung.train.ledger import Ledger, paper_of, without_numbers
+from bildung.train.objectives import clm
+from bildung.train.optim import optimizer_from
+from bildung.train.plan import Plan, any_objective, plan, run_on_paper, state_bytes
+from bildung.train.shards import held_bytes
+from bildung.train.speed import speed
+from bildung.train.training import Training
 from tests.train.parallel_run import KEYS
 
 
-def really_kept(model: torch.nn.Module, rows: int, length: int) -> int:
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+def really_alive(model: torch.nn.Module, rows: int, length: int) -> tuple[int, int]:
+    """(bytes kept after the forward pass, the most at a time), of tensors with numbers."""
+    gc.collect()
+    ledger = Ledger(lambda tensor: "all", paper_of(model))
+    for parameter in model.parameters():
+        ledger.note(parameter, "weights")
+    ledger.alive.clear()
+    with ledger:
+        loss = clm(model, text(rows, length, packed=True))
+        kept = ledger.alive["all"]
+        loss.total.backward()
+    return kept, ledger.fullest.total()
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        h = model.hidden(torch.zeros(rows, length, dtype=torch.long))
-    del h
-    return sum(storage.nbytes() for storage in kept.values())
+def lora(model: torch.nn.Module) -> torch.nn.Module:
+    model.requires_grad_(False)
+    for linear in match_linears(model, "all").values():
+        linear.deltas["x"] = LowRank(linear.in_features, linear.out_features, 2, 1.0, 0.1, device=model.device)
+    return model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_counted_is_what_is_kept(dtype: torch.dtype) -> None:
-    model = build(from_dict(KEYS))
+@pytest.mark.parametrize("what", ["all", "lora"])
+def test_what_is_counted_is_what_is_there(dtype: torch.dtype, what: str) -> None:
+    model = build(from_dict(KEYS)).requires_grad_(True)
+    model = lora(model) if what == "lora" else model
     model.compute_dtype = dtype
-    counted = saved_bytes(on_paper(from_dict(KEYS)), 3, 40, dtype)
-    assert counted == pytest.approx(really_kept(model, 3, 40), rel=0.02)
-    assert saved_bytes(model, 6, 40, dtype) == pytest.approx(2 * counted, rel=0.1)
+    paper = without_numbers(model)
+    kept, most = really_alive(model, 3, 40)
+    kept_on_paper, most_on_paper = really_alive(paper, 3, 40)
+    assert kept_on_paper == pytest.approx(kept, rel=0.01)
+    assert most_on_paper == pytest.approx(most, rel=0.01)
+    assert all(parameter.grad is None or not parameter.grad.isnan().any() for parameter in model.parameters())
+
+
+def test_recomputing_and_rows_change_what_is_kept() -> None:
+    model = on_paper(from_dict({**KEYS, "num_hidden_layers": 6})).requires_grad_(True)
+
+    def activations(rows: int, recompute: str = "none") -> int:
+        return max(moment["activations"] for moment in run_on_paper(model, clm, text(rows, 40), recompute=recompute))
+
+    assert activations(8) == pytest.approx(2 * activations(4), rel=0.1)
+    assert activations(8, "blocks") < activations(8, "mlp") < activations(8)
+    assert all(layer.recompute == "none" for layer in model.model.layers)
+
+
+@pytest.mark.parametrize("kind", [Int8, Nf4])
+def test_quantized_weights_count_as_they_are_stored(kind: type) -> None:
+    model = build(from_dict({**KEYS, "hidden_size": 64, "intermediate_size": 128}))
+    dense = plan(model, any_objective, (2, 8)).weights
+    for linear in match_linears(model, "all").values():
+        linear.base = kind.quantize(linear.base.dense())
+    made = plan(lora(model), any_objective, (2, 8))
+    assert made.weights < dense / 2 and made.trainable > 0
 
 
 SMALL = {"num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24}
@@ -58,73 +97,48 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_model_is_planned_and_timed(kind: str) -> None:
     model = on_paper(from_dict(KINDS[kind])).requires_grad_(True)
-    made = plan(model, rows=2, length=10)
-    assert 0 < made.activations < plan(model, rows=6, length=10).activations
-    assert speed(model, rows=2, length=10, seconds=0.01) > 0
-
-
-def test_a_birth_is_planned_with_what_its_tokenizer_knows(  # type: ignore[no-untyped-def]
-    tiny_lm, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    tiny_lm.tokenizer.save(tmp_path)
-    keys = "{model_type: rnn_seq2seq, hidden_size: 8}"
-    run(["plan", "pretrain seq2seq", str(tmp_path), "--given", f"model={keys}", "--seconds", "0"])
-    assert "pretrain seq2seq from" in capsys.readouterr().out
-    keys = "{model_type: vit, image_size: 12, patch_size: 4, hidden_size: 12, num_hidden_layers: 1}"
-    run(["plan", "pretrain image", "nothing", "--given", f"model={keys}", "--seconds", "0"])
-    assert "pretrain image from nothing" in capsys.readouterr().out
+    small, large = (plan(model, any_objective, (rows, 10)).parts["activations"] for rows in (2, 6))
+    assert 0 < small < large
+    assert speed(model, any_objective, (2, 10), seconds=0.01) > 0
 
 
 def test_parts_of_a_full_training() -> None:
     model = on_paper(from_dict(KEYS)).requires_grad_(True)
-    made = plan(model, rows=2, length=16)
+    made = plan(model, any_objective, (2, 16))
     size = sum(parameter.numel() for parameter in model.parameters())
     assert (made.weights, made.gradients, made.optimizer) == (4 * size, 4 * size, 8 * size)
     assert made.parameters == made.trainable == size
+    # From the second micro-batch on, the gradients of those before are there from the start.
+    assert plan(model, any_objective, (2, 16), micro_steps=2).peak_bytes > made.peak_bytes
+    with_copy = plan(model, any_objective, (2, 16), checkpoint=True)
+    assert with_copy.parts["checkpoint"] == 12 * size
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "adafactor", "muon"])
+def test_the_optimizers_state_is_as_large_as_planned(name: str) -> None:
+    model = build(from_dict({**KEYS, "hidden_size": 72, "intermediate_size": 80, "num_attention_heads": 9}))
+    model.requires_grad_(True)
+    optimizer = optimizer_from(model, Training(optimizer=name))
+    clm(model, text(2, 8)).total.backward()
+    optimizer.step()
+    assert state_bytes(model, name) == pytest.approx(held_bytes(model, optimizer)["optimizer"], rel=0.02)
+
+
+def test_rounded_weights_and_pages() -> None:
+    model = on_paper(from_dict(KEYS)).requires_grad_(True)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert state_bytes(model, "adamw", "kahan") == 10 * size
+    assert state_bytes(model, "paged_adamw", page_budget=1000) == 1000
 
 
 def test_ranks_share_what_the_textbook_says() -> None:
-    made = Plan(1, 1, 1, weights=800, gradients=400, optimizer=1600, activations=100, logits=10, runtime=5)
-    assert made.on(1, "ddp") == made.on(4, "ddp") == 800 + 1600 + 400 + 15
-    assert made.on(4, "zero1") == 800 + 400 + 400 + 15
-    assert made.on(4, "zero2") == 800 + 400 + 100 + 15
-    assert made.on(4, "zero3") == 200 + 400 + 100 + 15
-    assert "2 devices with --parallel zero1" in " ".join(advice(made, (1, 2, 4), 2200, rows=2))
-    assert "It fits" in advice(made, (1,), 10**6, rows=2)[0]
-
-
-def test_on_the_command_line(tiny_lm, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    words = [
-        "plan",
-        "tune lora",
-        str(tiny_lm.path),
-        "--given",
-        "rank=2",
-        "max_length=32",
-        "steps=3",
-        "--seconds",
-        "0.1",
-    ]
-    run(words)
-    shown = capsys.readouterr().out
-    assert "activations" in shown and "tokens/s" in shown and "3 steps" in shown
-
-
-@pytest.mark.parametrize(
-    "words", [("prompt", "length=5"), ("prefix", "length=5"), ("adapter", "kind=parallel"), ("ia3",)]
-)
-def test_only_what_a_method_adds_is_planned(tiny_lm, words: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
-    operation = f"tune {words[0]}"
-    model, _, _ = as_trained(operation, tiny_lm.path, settings_of(operation, words[1:]))
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert 0 < trained < tiny_lm.model.embedding.weight.numel()
-
-
-def test_bad_words() -> None:
-    assert bytes_of("24GB") == 24 * 10**9 and bytes_of("1.5 GiB") == 1.5 * 2**30
-    with pytest.raises(SettingsError, match="24GB"):
-        bytes_of("much")
-    with pytest.raises(SettingsError, match="does not train"):
-        settings_of("quantize", ())
-    with pytest.raises(SettingsError, match="rank"):
-        settings_of("tune lora", ("rnak=3",))
+    moments = ({"gradients": 400}, {"gradients": 300, "activations": 90, "logits": 10})
+    made = Plan(1, 1, 1, weights=800, gradients=400, optimizer=1600, moments=moments, runtime=5)
+    assert made.on(1, "ddp") == made.on(4, "ddp") == 800 + 1600 + 400 + 5
+    assert made.on(4, "zero1") == 800 + 400 + 400 + 5
+    assert made.on(4, "zero2") == 800 + 400 + 75 + 100 + 5
+    assert made.on(4, "zero3") == 200 + 400 + 75 + 100 + 5
+    assert made.parts["activations"] in (0, 90)
+    assert replace(made, holes=0.5).on(4, "zero3") == 200 + 400 + 75 + 100 + 87 + 5
+    # With one step the state comes when the activations are gone.
+    assert replace(made, steps=1).on(1, "ddp") == 800 + 1600 + 400 + 5

@@ -12,6 +12,7 @@ from bildung.train.fit import LossSum, fit
 from bildung.train.loss_scale import GROW_AFTER, START, loss_scale
 from bildung.train.objectives import clm
 from bildung.train.optim import adamw
+from bildung.train.plan import any_objective, plan
 
 
 def weights(model):
@@ -123,24 +124,27 @@ def test_no_scale_is_small_enough():
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
 )
 def test_a_batch_that_does_not_fit_says_what_would(make_model, batch_at, monkeypatch, error):
     model = make_model()
+    enough = plan(model, any_objective, (2, 16), micro_steps=2, runtime=0, length=16).peak_bytes
 
     def objective(model, batch):
         raise error
 
-    monkeypatch.setattr("bildung.train.too_large.memory_of", lambda device: 10**9)
-    monkeypatch.setattr("bildung.train.plan.psutil.Process", lambda: type("", (), {"memory_info": memory_info})())
+    monkeypatch.setattr("bildung.train.too_large.room_of", lambda device: enough)
+    monkeypatch.setattr("bildung.train.too_large.RUNTIME", 0)
     with pytest.raises(TrainingError, match=r"step 1, micro-batch 0: a batch of 4 rows of 16 tokens does not fit") as e:
         fit(model, batch_at, objective, adamw(model, 1e-3), steps=1, micro_steps=2)
     assert e.value.__cause__ is error
-    assert "largest part is activations" in str(e.value) and "batch_size 2 with micro_steps 4" in str(e.value)
-
-
-def memory_info(self):
-    return type("", (), {"rss": 0})()
+    assert "Planned are weights" in str(e.value) and "the largest part is activations" in str(e.value)
+    assert "batch_size 2 with micro_steps 4 is the same training in about" in str(e.value)
 
 
 def test_other_errors_pass(make_model, batch_at):

@@ -1,0 +1,137 @@
+"""The plan of operations that train nothing: which models are in memory at the same time, and what is computed on them.
+
+    adopt             the files, read as they lie on the disk, and the model in its type
+    merge, quantize   the model before, while it is changed, and as it was written: the last two are compared on prose
+    evaluate          the model, and a batch of about 2,048 tokens
+    generate, chat    the model, keys and values of the whole context, and the activations of the prompt
+
+Files are mapped: as long as a weight keeps its type, its bytes are the file's. What is computed is counted on paper, as
+for training (train/ledger.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bildung.core.errors import SettingsError, nearest
+from bildung.model.config import read_config
+from bildung.model.count import cache_bytes, count, on_paper, totals
+from bildung.model.safetensors_file import read_tensors
+from bildung.train.ledger import Ledger, paper_of, without_numbers
+from bildung.train.plan import HOLES
+
+BITS = {"int8": 8.0, "nf4": 4.127}  # of a quantized weight (model/quantized.py)
+SCORED = 2048  # tokens of a batch that is scored (evaluate/likelihood.py)
+COMPARED = 700  # about the tokens of a text on which two models are compared
+ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
+OPERATIONS = ("adopt", "merge", "quantize", "evaluate", "generate", "chat")
+GIVEN: Mapping[str, Mapping[str, Any]] = {
+    "adopt": {"dtype": None},
+    "merge": {"dtype": None},
+    "quantize": {"method": "int8"},
+    "evaluate": {"dtype": "bfloat16"},
+    "generate": {"rows": 1, "prompt": 512, "new_tokens": 64},
+    "chat": {"rows": 1, "prompt": 512, "new_tokens": 64},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What an operation holds at its fullest moment, part by part."""
+
+    parameters: int
+    flops_per_token: int  # of a forward pass
+    parts: dict[str, int]
+    length: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is there at a time."""
+        return sum(self.parts.values())
+
+
+def use(operation: str, source: Path, given: Mapping[str, Any], runtime: int) -> Use:
+    """The plan of one of OPERATIONS. Raises SettingsError for a setting that no plan depends on."""
+    known = GIVEN[operation]
+    for name in given:
+        if name not in known:
+            hint = nearest(name, known) or f"there are: {', '.join(known)}"
+            raise SettingsError(f"{name!r} says nothing about the memory of {operation!r}; {hint}")
+    asked = {**known, **given}
+    base = base_of(source)
+    config, file = read_config(base), file_bytes(base)
+    model = on_paper(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stored = round(file / max(1, parameters))  # bytes of a weight
+    length = {"merge": COMPARED, "quantize": COMPARED, "evaluate": SCORED}.get(operation, asked.get("prompt", 1))
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    parts = {"weights": file}
+    if operation == "adopt":
+        item = ITEM[asked["dtype"]] if asked["dtype"] else stored
+        parts["weights in another type"] = parameters * item if item != stored else 0
+    elif operation == "merge":
+        item = ITEM[asked["dtype"]] if asked["dtype"] else stored
+        parts |= {"merged": parameters * item, "as written": parameters * item, "adapter": 2 * file_bytes(source)}
+        parts |= computed(model, 1, length, torch.float32)
+    elif operation == "quantize":
+        matrices = sum(one.in_features * one.out_features for one in model.linears().values())
+        tied = getattr(config, "tie_word_embeddings", False)
+        matrices -= config.vocab_size * config.hidden_size if tied else 0
+        quantized = int(matrices * BITS[asked["method"]] / 8) + (parameters - matrices) * stored
+        parts |= {"quantized": quantized, "as written": quantized, **computed(model, 1, length, torch.float32)}
+    elif operation == "evaluate":
+        item = ITEM[asked["dtype"]]
+        parts["packed matrices"] = packed_bytes(model, item)
+        parts |= computed(model, max(1, SCORED // length), length, torch.bfloat16 if item == 2 else torch.float32)
+    else:
+        dtype = torch.float32 if stored == 4 else torch.bfloat16
+        context = asked["prompt"] + asked["new_tokens"]
+        parts["packed matrices"] = packed_bytes(model, dtype.itemsize)
+        parts["keys and values"] = asked["rows"] * cache_bytes(config, context, dtype.itemsize)
+        parts |= computed(model, asked["rows"], asked["prompt"], dtype)
+    _, multiply_adds = totals(count(model, length))
+    held = {name: int(bytes_) for name, bytes_ in parts.items() if bytes_}
+    return Use(parameters, round(2 * multiply_adds / length), {**held, "runtime": runtime}, length)
+
+
+def base_of(source: Path) -> Path:
+    """The directory of the full weights: of an adapter, its base."""
+    from bildung.model import adapter_file
+
+    if (source / adapter_file.CONFIG).exists():
+        return Path(adapter_file.find_base(source, adapter_file.read_config(source)))
+    if not (source / "config.json").exists():
+        raise SettingsError(f"{source} holds no model (no config.json); `bildung adopt` makes a directory of one.")
+    return source
+
+
+def file_bytes(directory: Path) -> int:
+    """Bytes of all tensors in a directory's safetensors files; they are mapped, not read."""
+    if (directory / "adapter_model.safetensors").exists():
+        return (directory / "adapter_model.safetensors").stat().st_size
+    return sum(tensor.nbytes for _, tensor in read_tensors(directory))
+
+
+def packed_bytes(model: Any, item: int) -> int:
+    """The second copy of the matrices that decoding keeps on a CPU (model/packed.py)."""
+    return item * sum(one.in_features * one.out_features for one in model.linears().values())
+
+
+def computed(model: Any, rows: int, length: int, dtype: torch.dtype) -> dict[str, int]:
+    """Activations of a forward pass that nothing is learned from, and the logits of its last states."""
+    if model.config.kind not in ("decoder", "encoder", "recurrent"):
+        return {}
+    paper = without_numbers(model)
+    paper.eval()
+    paper.compute_dtype = dtype
+    ledger = Ledger(lambda tensor: "activations", paper_of(paper))
+    tokens_BL = torch.zeros(rows, length, dtype=torch.long)
+    with torch.no_grad(), ledger:
+        paper.hidden(tokens_BL)
+    logits = min(rows * length * model.config.vocab_size, 2**23) * (4 + dtype.itemsize)
+    return {"activations": int(ledger.fullest.total() * (1 + HOLES)), "logits": logits}

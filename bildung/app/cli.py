@@ -105,10 +105,10 @@ def run_verb(verb: Verb, argv: list[str]) -> None:
     function = getattr(module, verb.module.rpartition(".")[2])
     try:
         record = function(as_source(given.source), given.out, given.settings, force=given.force)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         staging = staging_of(given.out)
         kept = f"{staging} keeps what was done." if was_interrupted(staging) else "Nothing had been written."
-        raise KeyboardInterrupt(kept) from None
+        raise KeyboardInterrupt(str(stop) or kept) from None
     if ranks.rank() == 0:
         print(f"{given.out} is up to date" if record == previous else report_line(given.out, record))
 

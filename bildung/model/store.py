@@ -110,16 +110,10 @@ def _load(path: str | Path, dtype: str | torch.dtype | None) -> LanguageModel:
         raise ModelFileError(
             f"{path} is neither a model directory nor a .gguf or .onnx file; `bildung adopt` fetches models."
         )
-    record = read_record(path)
-    if record is not None and (harm := damage(path, record)):
-        raise ModelFileError(f"{path}: {harm} since its record was written; make it again, or delete its record.json.")
+    record = _sound_record(path)
     if (path / adapter_file.CONFIG).exists():
-        settings = adapter_file.read_config(path)
-        base = adapter_file.find_base(path, settings)
-        warn_of_another_base(path, record, base)
-        lm = _load(base, dtype)
-        adapter_file.add_to(lm.model, path, settings)
-        return replace(lm, config=lm.model.config, record=record, path=path)
+        base = adapter_file.find_base(path, adapter_file.read_config(path))
+        return adapted(_load(base, dtype), path)
     config = read_config(path)
     tokenizer = no_tokenizer(config) if config.kind == "vision" else Tokenizer.load(path)
     if config.kind != "vision":
@@ -130,6 +124,23 @@ def _load(path: str | Path, dtype: str | torch.dtype | None) -> LanguageModel:
         raise error if str(path) in str(error) else type(error)(f"{path}: {error}") from None
     attachments.read(model, path)
     return LanguageModel(model, tokenizer, model.config, record, path, base=path)
+
+
+def adapted(lm: LanguageModel, path: Path) -> LanguageModel:
+    """The base `lm` with the adapter of a directory put into it. Raises ModelFileError and its kinds."""
+    record, settings = _sound_record(path), adapter_file.read_config(path)
+    if lm.base is not None:
+        warn_of_another_base(path, record, lm.base)
+    adapter_file.add_to(lm.model, path, settings)
+    return replace(lm, config=lm.model.config, record=record, path=path)
+
+
+def _sound_record(path: Path) -> Record | None:
+    """The directory's record. Raises ModelFileError when its files are not those that the record was written for."""
+    record = read_record(path)
+    if record is not None and (harm := damage(path, record)):
+        raise ModelFileError(f"{path}: {harm} since its record was written; make it again, or delete its record.json.")
+    return record
 
 
 def no_tokenizer(config: BaseConfig) -> Tokenizer:

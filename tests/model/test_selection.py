@@ -176,7 +176,8 @@ ITS_OWN_WARNING = pytest.mark.filterwarnings(
 
 
 @ITS_OWN_WARNING
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, NO_COMPILER])])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=NO_COMPILER)])
 def test_an_identity_changes_no_bit_of_compiled_layers(backend: str) -> None:
     model = tiny_decoder(num_hidden_layers=1)
     compile_layers(model, backend)

@@ -171,6 +171,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS limits memory on Linux")
 def test_a_batch_that_does_not_fit(tiny_lm_directory: Path, tmp_path: Path, data: Path) -> None:
     """A real one: a process with half a gigabyte left reads 4096 rows at a time."""

@@ -25,12 +25,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from bildung.model.linear import Delta, Dense, Linear, linears
-from bildung.model.low_rank import LowRank
+from bildung.model.low_rank import POWER_STEPS, LowRank
 
 DIRECTIONS = 16
 EPSILON = 2.0**-23  # of float32
@@ -95,16 +96,15 @@ def matrix_change(name: str, a: Linear, b: Linear) -> MatrixChange:
     shape = (a.out_features, a.in_features)
     found = re.match(r"^(.*?)layers\.(\d+)\.(.*)$", name)
     layer, kind = (int(found[2]), f"{found[1].removeprefix('model.')}{found[3]}") if found else (None, name)
-    dW_OI = difference(a, b)
-    norm = float(torch.linalg.vector_norm(dW_OI))
+    sigma_S, u_OS, v_IS = change(a, b)
+    norm = float(torch.linalg.vector_norm(sigma_S))
     if norm == 0:
         return MatrixChange(name, layer, kind, shape, 0.0, 0.0, 0, 0.0, 0.0, 0, math.nan, math.nan)
-    W_OI = a.effective(torch.float64)[0]
-    sigma_S, u_OS, v_IS = decompose(dW_OI)
+    W_OI = a.effective(torch.float32)[0]
     rank = int((sigma_S > sigma_S[0] * max(shape) * EPSILON).sum())
     p_S = sigma_S[:rank] / sigma_S[:rank].sum()
     k = min(rank, DIRECTIONS)
-    _, top_OS, top_IS = decompose(W_OI)
+    top_OK, top_IK = leading(W_OI, k)
     return MatrixChange(
         name=name,
         layer=layer,
@@ -116,22 +116,46 @@ def matrix_change(name: str, a: Linear, b: Linear) -> MatrixChange:
         stable_rank=norm**2 / float(sigma_S[0]) ** 2,
         effective_rank=float(torch.exp(-(p_S * p_S.log()).sum())),
         directions=k,
-        overlap_out=overlap(u_OS[:, :k], top_OS[:, :k]),
-        overlap_in=overlap(v_IS[:, :k], top_IS[:, :k]),
+        overlap_out=overlap(u_OS[:, :k], top_OK),
+        overlap_in=overlap(v_IS[:, :k], top_IK),
     )
 
 
-def difference(a: Linear, b: Linear) -> Tensor:
-    """dW_OI in float64."""
+def change(a: Linear, b: Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular values and vectors of dW, in float64; of no change a single value, 0."""
     mine, other = _additive(a), _additive(b)
-    if mine is not None and other is not None and _same_numbers(a, b):
-        dW_OI = torch.zeros(a.out_features, a.in_features, dtype=torch.float64, device=_device(a))
-        for delta in other:
-            dW_OI += _weight(delta)
-        for delta in mine:
-            dW_OI -= _weight(delta)
-        return dW_OI
-    return b.effective(torch.float64)[0] - a.effective(torch.float64)[0]
+    if mine is None or other is None or not _same_numbers(a, b):
+        return decompose(b.effective(torch.float64)[0] - a.effective(torch.float64)[0])
+    parts = [(delta, 1.0) for delta in other] + [(delta, -1.0) for delta in mine]
+    if all(isinstance(delta, LowRank) for delta, _ in parts):
+        device = _stored(a)[0].device
+        left = [torch.zeros(a.out_features, 1, dtype=torch.float64, device=device)]
+        right = [torch.zeros(1, a.in_features, dtype=torch.float64, device=device)]
+        for delta, sign in parts:
+            lora_A, lora_B = (factor.double() for factor in cast(LowRank, delta).factors())
+            left.append(sign * cast(LowRank, delta).scaling * lora_B)
+            right.append(lora_A)
+        return decompose_product(torch.cat(left, 1), torch.cat(right))
+    return decompose(sum(sign * delta.weight().double() for delta, sign in parts))  # type: ignore[arg-type]
+
+
+def decompose_product(left_OR: Tensor, right_RI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`decompose` of left · right, which is never made: of R x R at most."""
+    q_OR, r_RR = torch.linalg.qr(left_OR)
+    p_IR, t_RR = torch.linalg.qr(right_RI.mT)
+    u_RS, sigma_S, vh_SR = torch.linalg.svd(r_RR @ t_RR.mT, full_matrices=False)
+    return sigma_S, q_OR @ u_RS, p_IR @ vh_SR.mT
+
+
+def leading(weight_OI: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first left and right singular vectors, O x K and I x K, by subspace iteration (Halko et al. 2011).
+
+    Where the spectrum is flat the last of them are not exact, nor would exact ones mean much. The same each time.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, _, v = torch.svd_lowrank(weight_OI, q=min(2 * count, *weight_OI.shape), niter=POWER_STEPS)
+    return u[:, :count].double(), v[:, :count].double()
 
 
 def decompose(x_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,13 +185,6 @@ def _additive(linear: Linear) -> list[Delta] | None:
     return deltas if all(type(delta).applied is Delta.applied for delta in deltas) else None
 
 
-def _weight(delta: Delta) -> Tensor:
-    if isinstance(delta, LowRank):
-        lora_A, lora_B = (factor.double() for factor in delta.factors())
-        return delta.scaling * (lora_B @ lora_A)
-    return delta.weight().double()
-
-
 def _same_numbers(a: Linear, b: Linear) -> bool:
     """Whether both stand on the same place in memory (see model/twin.py)."""
     mine, other = _stored(a), _stored(b)
@@ -176,10 +193,6 @@ def _same_numbers(a: Linear, b: Linear) -> bool:
 
 def _stored(linear: Linear) -> list[Tensor]:
     return [linear.base.weight] if isinstance(linear.base, Dense) else list(linear.base.buffers())
-
-
-def _device(linear: Linear) -> torch.device:
-    return _stored(linear)[0].device
 
 
 def _others(a: nn.Module, b: nn.Module) -> tuple[dict[str, float], list[str]]:

@@ -35,7 +35,7 @@ def places(lm: LanguageModel) -> set[int]:
 
 
 @torch.no_grad()
-def test_adapters_of_one_base_share_its_numbers(tiny_lm_directory: Path, tmp_path: Path):
+def test_adapters_of_one_base_share_its_numbers(tiny_lm_directory: Path, tmp_path: Path) -> None:
     paths = [
         bildung.save(with_lora(bildung.load(tiny_lm_directory), 2, seed), tmp_path / f"lora{seed}") for seed in (1, 2)
     ]
@@ -47,7 +47,7 @@ def test_adapters_of_one_base_share_its_numbers(tiny_lm_directory: Path, tmp_pat
 
 
 @torch.no_grad()
-def test_a_twin_is_a_model_of_its_own(tiny_lm: LanguageModel):
+def test_a_twin_is_a_model_of_its_own(tiny_lm: LanguageModel) -> None:
     before = tiny_lm.model(TOKENS)
     other = twin(tiny_lm)
     assert other.model.lm_head.base.weight.data_ptr() == other.model.embedding.weight.data_ptr()  # tied as before
@@ -64,7 +64,7 @@ def test_a_twin_is_a_model_of_its_own(tiny_lm: LanguageModel):
 
 
 @torch.no_grad()
-def test_what_is_equal_in_two_directories_is_held_once(tiny_lm_directory: Path, tmp_path: Path):
+def test_what_is_equal_in_two_directories_is_held_once(tiny_lm_directory: Path, tmp_path: Path) -> None:
     edited = bildung.load(tiny_lm_directory)
     edited.model.linears()["model.layers.1.mlp.up_proj"].base.weight[0] += 1
     b_path = bildung.save(edited, tmp_path / "edited")

@@ -85,6 +85,8 @@ def run(argv: list[str]) -> None:
         words = [word for word in argv if word not in HELP]
         if len(words) == 1:
             return show_verbs({name: verb for name, verb in known.items() if verb.folder == argv[0]})
+        if (index := f"{argv[0]} index") in known and " ".join(words[:2]) not in known and _is_place(words[1]):
+            return run_verb(known[index], argv[1:])  # `bildung look MODEL` is `bildung look index MODEL`
         return run_verb(find(" ".join(words[:2]), known), argv[2:])
     names = [*known, *folders]
     hint = nearest(" ".join(argv[:2]), names) or nearest(argv[0], names) or "bildung --help lists what there is"
@@ -153,6 +155,10 @@ def show_verbs(shown: dict[str, Verb]) -> None:
             if verb.folder == folder:
                 arguments = "" if verb.is_command else " SOURCE OUT"
                 console.print(f"  {verb.name + arguments:<{width + 11}}  {verb.summary}", markup=False, soft_wrap=True)
+
+
+def _is_place(word: str) -> bool:
+    return "/" in word or Path(word).exists()
 
 
 def say(text: str, style: str) -> None:

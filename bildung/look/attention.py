@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,9 +22,12 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look import picture
-from bildung.look.attention_patterns import AttentionPatterns, attention_patterns, moved, pattern_difference
-from bildung.look.page import data_url, render
+from bildung.look.attention_patterns import AttentionPatterns, attention_patterns, moved, pattern_difference, pooled
+from bildung.look.page import command_of, data_url, look_page, packed
 from bildung.model.store import load
+
+THUMB = 32  # points across a head's small picture on the page
+PICTURE = 64  # and on the PNG
 
 
 @settings_class
@@ -33,7 +37,7 @@ class Settings:
     prompt: str  # the text to read
     chat: bool = False  # the prompt is a user's turn, put through the model's chat template
     against: Path | None = None  # a second model (B) that reads the same tokens
-    max_tokens: int = 96  # refuse longer prompts: patterns grow with the square
+    max_tokens: int = 512  # refuse longer prompts: patterns grow with the square
 
 
 def attention(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
@@ -53,12 +57,14 @@ def attention(source: Path, out: Path, settings: Settings, *, force: bool = Fals
         numbers = as_json(a, b, prompt, chat, model, other)
         (job.out / "attention.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
         if b is None:
-            picture.draw_heads(a.probs_NHLS.numpy(), f"{model}: attention of every head", job.out / "attention.png")
+            shown = pooled(a.probs_NHLS, PICTURE).numpy()
+            picture.draw_heads(shown, f"{model}: attention of every head", job.out / "attention.png")
         else:
             title = f"attention of every head: {other} minus {model} (blue: {other} looks there more)"
-            difference = (b.probs_NHLS - a.probs_NHLS).numpy()
+            difference = pooled(b.probs_NHLS - a.probs_NHLS, PICTURE).numpy()
             picture.draw_heads(difference, title, job.out / "attention.png", difference=True)
-        (job.out / "attention.html").write_text(page(numbers, a, b, job.out / "attention.png"), encoding="utf-8")
+        made = page(numbers, a, b, job.out / "attention.png", command_of(job))
+        (job.out / "attention.html").write_text(made, encoding="utf-8")
         job.tokens_seen = len(a.tokens)
         job.measured = summary(numbers)
 
@@ -93,20 +99,45 @@ def summary(numbers: dict[str, Any]) -> dict[str, Any]:
     return measured
 
 
-def page(numbers: dict[str, Any], a: AttentionPatterns, b: AttentionPatterns | None, png: Path) -> str:
-    """attention.html. Probabilities travel as bytes, steps of 1/255."""
-    patterns = {"a": as_bytes(a.probs_NHLS)} | ({"b": as_bytes(b.probs_NHLS)} if b else {})
-    return render(
+def page(numbers: dict[str, Any], a: AttentionPatterns, b: AttentionPatterns | None, png: Path, command: str) -> str:
+    """attention.html. Probabilities travel as bytes, steps of 1/255, one packed block per head that the page unpacks
+    when that head is chosen; the sheet of all heads has small pictures of its own."""
+    sides = {"a": a.probs_NHLS} | ({"b": b.probs_NHLS} if b else {})
+    thumbs = {key: packed(as_steps(pooled(probs, THUMB))) for key, probs in sides.items()}
+    widest = 1.0
+    if b is not None:
+        difference = pooled(b.probs_NHLS - a.probs_NHLS, THUMB)  # the widest one outlives pooling
+        widest = float(difference.abs().max())
+        steps = (difference / max(widest, 1e-6) * 127).round().to(torch.int8)
+        thumbs["difference"] = packed(steps.contiguous().numpy().tobytes())
+    blobs = {
+        f"{key}-{number}": packed(as_steps(pattern_LS))
+        for key, probs in sides.items()
+        for number, pattern_LS in enumerate(probs.flatten(0, 1))
+    }
+    more = {
+        "thumbs": thumbs,
+        "thumb": min(THUMB, len(a.tokens)),
+        "widest": widest,
+        "causal": not any(bool(one.triu(1).any()) for one in a.probs_NHLS),
+    }
+    return look_page(
         "attention.html",
         script="attention.js",
         facts=summary(numbers).items(),
         picture=data_url(png),
-        data=numbers | {"patterns": patterns},
-        **{key: numbers[key] for key in ("model", "against", "prompt", "chat", "scores", "layers", "heads")},
+        data=numbers | more,
+        blobs=blobs,
+        command=command,
+        **{key: numbers[key] for key in ("model", "against", "prompt", "chat")},
     )
 
 
+def as_steps(probs: Tensor) -> bytes:
+    """Numbers from 0 to 1, one byte each."""
+    return (probs * 255).round().clamp(0, 255).byte().contiguous().numpy().tobytes()
+
+
 def as_bytes(probs_NHLS: Tensor) -> str:
-    """Numbers from 0 to 1 as text for a page, one byte each."""
-    steps = (probs_NHLS * 255).round().clamp(0, 255).byte()
-    return base64.b64encode(steps.contiguous().numpy().tobytes()).decode()
+    """The same as text for a page."""
+    return base64.b64encode(as_steps(probs_NHLS)).decode()

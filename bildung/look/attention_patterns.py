@@ -19,7 +19,7 @@ from bildung.look.prompt import check_same_model_shape, check_same_tokens, encod
 from bildung.model.store import LanguageModel
 from bildung.model.taps import observe
 
-LONGEST = 256  # tokens: a pattern grows with the square
+LONGEST = 512  # tokens: a pattern grows with the square
 
 
 @dataclass
@@ -33,7 +33,8 @@ class AttentionPatterns:
     def scores(self) -> dict[str, Tensor]:
         """Numbers NH to sort heads by: mean attention to the token before, to the first token, to itself; entropy."""
         p, L = self.probs_NHLS, len(self.tokens)
-        entropy_NHL = -(p * p.clamp_min(1e-12).log()).sum(-1)
+        # Layer by layer: the logarithms of all would be as large as the patterns once more.
+        entropy_NHL = torch.stack([-(one * one.clamp_min(1e-12).log()).sum(-1) for one in p])
         # The first query sees only itself, so it says nothing about a head.
         later = slice(1, None) if L > 1 else slice(None)
         return {
@@ -73,9 +74,22 @@ def pattern_difference(
     return _patterns(a, ids), _patterns(b, ids)
 
 
+def pooled(values_NHLS: Tensor, side: int) -> Tensor:
+    """Patterns in at most side x side points: each the value of largest size among the tokens it stands for."""
+    if values_NHLS.shape[-1] <= side:
+        return values_NHLS
+
+    def shrink(values_HLS: Tensor) -> Tensor:
+        high, low = (torch.nn.functional.adaptive_max_pool2d(sign * values_HLS, side) for sign in (1, -1))
+        return torch.where(high >= low, high, -low)
+
+    return torch.stack([shrink(values_HLS) for values_HLS in values_NHLS])
+
+
 def moved(a: AttentionPatterns, b: AttentionPatterns) -> Tensor:
     """NH: the share of its attention that a head spends elsewhere in B (total variation, mean over positions)."""
-    return (a.probs_NHLS - b.probs_NHLS).abs().sum(-1).mean(-1) / 2
+    pairs = zip(a.probs_NHLS, b.probs_NHLS, strict=True)
+    return torch.stack([(one - other).abs().sum(-1).mean(-1) / 2 for one, other in pairs])
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.decompose import decompose
-from bildung.look.page import render
+from bildung.look.page import command_of, look_page
 from bildung.look.prompt import encode_prompt, label
 from bildung.model.store import LanguageModel, load
 
@@ -78,7 +78,7 @@ def attribution(source: Path, out: Path, settings: Settings, *, force: bool = Fa
         save_file(kept, job.out / "shares.safetensors")
         numbers = as_json(found, model, settings.prompt, settings.chat)
         (job.out / "attribution.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
-        (job.out / "attribution.html").write_text(page(numbers), encoding="utf-8")
+        (job.out / "attribution.html").write_text(page(numbers, command_of(job)), encoding="utf-8")
         job.tokens_seen = len(found.tokens)
         job.measured = {"logit": found.logit, "target": found.target[1], "largest": numbers["largest"][0]["name"]}
 
@@ -186,8 +186,8 @@ def _sources(found: Attribution) -> list[dict[str, Any]]:
     ]
 
 
-def page(numbers: dict[str, Any]) -> str:
-    """attribution.html: heads and layers as a heat map that is a table, the largest shares, and where heads read."""
+def page(numbers: dict[str, Any], command: str) -> str:
+    """attribution.html: heads and layers as a heat map, the largest shares, and where heads read."""
     highest = max(abs(value) for row in [*numbers["heads"], numbers["mlps"]] for value in row) or 1.0
     rows = [
         [cell(value, highest, f"layer {n} head {h}") for h, value in enumerate(row)]
@@ -199,7 +199,16 @@ def page(numbers: dict[str, Any]) -> str:
         for one in numbers["sources"]
     ]
     keys = ("model", "prompt", "chat", "target", "against", "logit", "largest", "neurons", "labels", "position")
-    return render("attribution.html", rows=rows, strips=strips, **{key: numbers[key] for key in keys})
+    grid = {
+        "title": "Heads and feed-forward layers",
+        "note": "what each adds to the logit",
+        "corner": "layer",
+        "columns": [*(f"head {h}" for h in range(len(numbers["heads"][0]))), "mlp"],
+        "rows": list(range(len(rows))),
+        "cells": rows,
+    }
+    shown = {key: numbers[key] for key in keys}
+    return look_page("attribution.html", grid=grid, highest=highest, strips=strips, command=command, **shown)
 
 
 def cell(value: float, highest: float, title: str) -> dict[str, Any]:
@@ -215,7 +224,11 @@ def cell(value: float, highest: float, title: str) -> dict[str, Any]:
 def strip(labels: Sequence[str], values: Sequence[float], title: str) -> list[dict[str, Any]]:
     """Tokens coloured by a number each."""
     highest = max(map(abs, values), default=0.0) or 1.0
-    return [cell(value, highest, title) | {"text": text} for text, value in zip(labels, values, strict=False)]
+    made = []
+    for text, value in zip(labels, values, strict=False):
+        one = cell(value, highest, f"{title}, {text}")
+        made.append(one | {"number": one["text"], "text": text})
+    return made
 
 
 def _short(value: float) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bildung.look.line_picture import Panel, draw_lines
-from bildung.look.page import data_url, render
+from bildung.look.page import data_url, look_page
 
 WAYS = ("generative", "discriminative")
 Key = tuple[str, int, int]  # way, examples, round
@@ -62,13 +62,14 @@ def _cell(one: dict[str, Any], name: str) -> str:
     return f"{one[name]:{sign}.3f} ± {one[f'{name}_stderr']:.3f}" if name in one else "–"
 
 
-def write_page(out: Path, model: str, found: dict[str, Any], template: str, words: Sequence[str]) -> None:
+def write_page(out: Path, model: str, found: dict[str, Any], template: str, words: Sequence[str], command: str) -> None:
     """curve.png and index.html in `out`."""
     draw(found, out / "curve.png")
     rows = [[f"{one['examples']:,}", *(_cell(one, name) for name in (*WAYS, "difference"))] for one in found["points"]]
-    page = render(
+    page = look_page(
         "by_examples.html",
         model=model,
+        command=command,
         facts={"data": found["data"], "test texts": f"{found['test_texts']:,}", "words": ", ".join(words)},
         prompt=template,
         picture=data_url(out / "curve.png"),

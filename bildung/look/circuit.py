@@ -25,6 +25,7 @@ from bildung.look.circuit_page import write_circuit
 from bildung.look.edge_attribution import connected, edge_scores, strongest
 from bildung.look.edge_experiment import Ablation, Edge, EdgeExperiment
 from bildung.look.faithfulness import measure_circuit
+from bildung.look.page import command_of
 from bildung.look.pair_tasks import Corruption
 from bildung.look.pairs import chosen_pairs, pair_hashes
 from bildung.model.store import load
@@ -75,7 +76,7 @@ def circuit(source: Path, out: Path, settings: Settings, *, force: bool = False)
         )
         made = Circuit(edges, architecture, model_hash, found, measured)
         save_circuit(made, job.out / "circuit.json")
-        write_circuit(made, experiment.graph, Path(source).name, job.out)
+        write_circuit(made, experiment.graph, Path(source).name, job.out, command_of(job))
         job.measured |= measured
         job.tokens_seen = sum(len(pair.clean) + len(pair.corrupted) for pair in pairs.rows)
 

@@ -18,7 +18,7 @@ from matplotlib.patches import FancyArrowPatch
 
 from bildung.look.circuit_file import Circuit, node_order
 from bildung.look.graph import Graph
-from bildung.look.page import render
+from bildung.look.page import look_page
 from bildung.look.picture import DPI, FONT, INK, MUTED, RULE, save_figure
 
 # Okabe & Ito's, told apart without colour vision too.
@@ -92,8 +92,8 @@ def _path(start: tuple[float, float], end: tuple[float, float]) -> str:
     return f"M{x1:.1f},{y1:.1f} C{x1:.1f},{y1 - bend:.1f} {x2:.1f},{y2 + bend:.1f} {x2:.1f},{y2:.1f}"
 
 
-def write_circuit(circuit: Circuit, graph: Graph, model: str, out: Path) -> None:
-    """circuit.html, circuit.png and circuit.svg in `out`."""
+def write_circuit(circuit: Circuit, graph: Graph, model: str, out: Path, command: str) -> None:
+    """circuit.html, circuit.png and circuit.svg in `out`; `command` makes them again."""
     drawn = layout(circuit, graph)
     facts = [
         (name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else value)
@@ -101,10 +101,11 @@ def write_circuit(circuit: Circuit, graph: Graph, model: str, out: Path) -> None
         if value is not None
     ]
     ordered = sorted(circuit.edges.items(), key=lambda item: -abs(item[1] or 0))
-    page = render(
+    page = look_page(
         "circuit.html",
         script="circuit.js",
         model=model,
+        command=command,
         found=circuit.found,
         facts=facts,
         drawn=drawn,

@@ -26,7 +26,7 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.composition import KINDS, baseline, composition
 from bildung.look.head_weights import copying, embedding, head_weights, matching, through, unembedding
-from bildung.look.page import render
+from bildung.look.page import command_of, look_page
 from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel, load
 
@@ -50,7 +50,7 @@ def circuits(source: Path, out: Path, settings: Settings, *, force: bool = False
         save_file({name: array.contiguous() for name, array in arrays.items()}, job.out / "circuits.safetensors")
         numbers = as_json(arrays, lm, settings, Path(source).name)
         (job.out / "circuits.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
-        (job.out / "circuits.html").write_text(page(numbers, arrays), encoding="utf-8")
+        (job.out / "circuits.html").write_text(page(numbers, arrays, command_of(job)), encoding="utf-8")
         job.measured = {f"strongest {kind}-composition": words(pairs[0]) for kind, pairs in numbers["pairs"].items()}
 
     return perform("look circuits", source, out, settings, work, force=force)
@@ -105,7 +105,7 @@ def words(pair: dict[str, Any]) -> str:
     return f"{layer}.{head} reads {before}.{other}: {pair['score']:+.3f}"
 
 
-def page(numbers: dict[str, Any], arrays: dict[str, Tensor]) -> str:
+def page(numbers: dict[str, Any], arrays: dict[str, Tensor], command: str) -> str:
     """circuits.html. A matrix travels as bytes between its least and its highest value."""
     matrices = {}
     for kind in numbers["pairs"]:
@@ -116,9 +116,10 @@ def page(numbers: dict[str, Any], arrays: dict[str, Tensor]) -> str:
         matrices[kind] = {"low": low, "high": high, "bytes": text}
     shown = {kind: [words(pair) for pair in pairs] for kind, pairs in numbers["pairs"].items()}
     keys = ("model", "layers", "heads", "scores", "chance", "distances")
-    return render(
+    return look_page(
         "circuits.html",
         script="circuits.js",
+        command=command,
         data=numbers | {"matrices": matrices},
         pairs=shown,
         **{key: numbers[key] for key in keys},

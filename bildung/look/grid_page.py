@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bildung.look.page import render
+from bildung.look.page import look_page
 from bildung.look.picture import DIVERGING, DPI, FONT, INK, MUTED, RULE, drawable, save_figure
 
 STRONG = 0.66
@@ -22,8 +22,8 @@ STRONG = 0.66
 def write_grids(numbers: Mapping[str, Any], page: Path, picture: Path) -> None:
     """numbers: title, model, metric, clean, corrupted, example {name: text}, command, low, high and grids, each with
     title, note, columns, rows, values [row][column], neutral."""
-    shown = [grid | {"cells": _cells(grid)} for grid in numbers["grids"]]
-    page.write_text(render("grids.html", **{**numbers, "grids": shown}), encoding="utf-8")
+    shown = [grid | {"corner": "layer", "cells": _cells(grid)} for grid in numbers["grids"]]
+    page.write_text(look_page("grids.html", **{**numbers, "grids": shown}), encoding="utf-8")
     draw_grids(numbers, picture)
 
 
@@ -39,12 +39,13 @@ def _cells(grid: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
         [
             {
                 "text": f"{value:.2f}",
+                "title": f"{grid['title']}, layer {grid['rows'][n]}, {grid['columns'][c]}: {value:.4f}",
                 "v": round(abs(far) / widest, 3),
-                "style": ("less" if far < 0 else "") + (" strong" if abs(far) / widest > STRONG else ""),
+                "style": ("minus" if far < 0 else "") + (" strong" if abs(far) / widest > STRONG else ""),
             }
-            for value, far in zip(values, fars, strict=True)
+            for c, (value, far) in enumerate(zip(values, fars, strict=True))
         ]
-        for values, fars in zip(grid["values"], away, strict=True)
+        for n, (values, fars) in enumerate(zip(grid["values"], away, strict=True))
     ]
 
 

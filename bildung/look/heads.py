@@ -32,7 +32,7 @@ from bildung.look.attention_patterns import AttentionPatterns, attention_pattern
 from bildung.look.head_scores import HeadScores, head_scores, repeated_tokens
 from bildung.look.head_weights import copying, embedding, head_weights, through, unembedding
 from bildung.look.in_context_score import InContext, in_context_score
-from bildung.look.page import render
+from bildung.look.page import command_of, look_page
 from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel, load
 
@@ -81,7 +81,7 @@ def heads(source: Path, out: Path, settings: Settings, *, force: bool = False) -
         numbers = as_json(atlas, lm, Path(source).name)
         (job.out / "heads.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({name: scores.contiguous() for name, scores in atlas.scores.items()}, job.out / "heads.safetensors")
-        (job.out / "heads.html").write_text(page(numbers, atlas), encoding="utf-8")
+        (job.out / "heads.html").write_text(page(numbers, atlas, command_of(job)), encoding="utf-8")
         job.measured = summary(numbers)
         job.tokens_seen = atlas.seen.repeats.tokens_RL.numel()
 
@@ -157,12 +157,13 @@ def summary(numbers: dict[str, Any]) -> dict[str, Any]:
     return measured
 
 
-def page(numbers: dict[str, Any], atlas: Atlas) -> str:
+def page(numbers: dict[str, Any], atlas: Atlas, command: str) -> str:
     """heads.html. Patterns travel as bytes, steps of 1/255."""
     patterns = as_bytes(atlas.patterns.probs_NHLS) if atlas.patterns else None
-    return render(
+    return look_page(
         "heads.html",
         script="heads.js",
+        command=command,
         facts=summary(numbers).items(),
         data=numbers | {"patterns": patterns},
         **{key: numbers[key] for key in ("model", "layers", "heads", "stretch", "copies", "rows", "scores", "meaning")},

@@ -6,16 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from bildung.look.page import render
+from bildung.look.page import look_page
 
 STRONG = 0.66  # from this strength of the colour on, the text takes the other ink (lens.js has the same number)
 
 
-def page(numbers: dict[str, Any], facts: Mapping[str, Any]) -> str:
-    """lens.html. `facts` are shown above the grid."""
-    command = f"bildung look logit_lens {numbers['model']} OUT --prompt ..." + (" --chat" if numbers["chat"] else "")
-    command += " --tuned LENS" if any(numbers.get("tuned", ())) else ""
-    return render(
+def page(numbers: dict[str, Any], facts: Mapping[str, Any], command: str) -> str:
+    """lens.html. `facts` are shown above the grid; `command` makes it again."""
+    return look_page(
         "lens.html",
         script="lens.js",
         model=numbers["model"],

@@ -23,6 +23,7 @@ from bildung.core.settings import settings as settings_class
 from bildung.look import lens_page, picture
 from bildung.look.lens import LensDifference, LogitLens, lens_difference
 from bildung.look.lens import logit_lens as read_lens
+from bildung.look.page import command_of
 from bildung.look.translators import read_lens as read_tuned
 from bildung.model.store import load
 
@@ -61,7 +62,7 @@ def logit_lens(source: Path, out: Path, settings: Settings, *, force: bool = Fal
         numbers["tuned"] = [settings.tuned is not None, settings.against_tuned is not None]
         text = json.dumps(numbers, ensure_ascii=False, allow_nan=False)
         (job.out / "lens.json").write_text(text + "\n", encoding="utf-8")
-        (job.out / "lens.html").write_text(lens_page.page(numbers, summary(numbers)), encoding="utf-8")
+        (job.out / "lens.html").write_text(lens_page.page(numbers, summary(numbers), command_of(job)), encoding="utf-8")
         picture.draw_lens(numbers, job.out / "lens.png")
         job.tokens_seen = len(numbers["tokens"])
         job.measured = summary(numbers)

@@ -21,6 +21,7 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.answer_metrics import MetricName
 from bildung.look.grid_page import write_grids
+from bildung.look.page import command_of
 from bildung.look.pair_tasks import Corruption
 from bildung.look.pairs import chosen_pairs, pair_hashes
 from bildung.look.patching import Across, Direction, Grid, labelled, patching_grid
@@ -71,7 +72,7 @@ def patch(source: Path, out: Path, settings: Settings, *, force: bool = False) -
         ]
         first = pairs.rows[0]
         example = [lm.tokenizer.decode(list(ids)) for ids in (first.clean, first.corrupted, first.answers[:1])]
-        numbers = as_json(grids, Path(source).name, example, settings)
+        numbers = as_json(grids, Path(source).name, example, settings) | {"command": command_of(job)}
         (job.out / "patch.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
         write_grids(numbers, job.out / "patch.html", job.out / "patch.png")
         job.measured |= {key: numbers[key] for key in ("clean", "corrupted")}
@@ -87,8 +88,6 @@ def patch(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 def as_json(grids: list[Grid], model: str, example: list[str], settings: Settings) -> dict[str, Any]:
     """Everything the page and the picture show; values are [layer][column]."""
     what = "attribution patching" if settings.attribution else f"activation patching, {settings.direction}"
-    command = f"bildung look patch {model} OUT --pairs {settings.pairs} --count {settings.count}"
-    command += f" --metric {settings.metric} --direction {settings.direction}"
     return {
         "title": what,
         "model": model,
@@ -96,7 +95,6 @@ def as_json(grids: list[Grid], model: str, example: list[str], settings: Setting
         "clean": round(grids[0].clean, 4),
         "corrupted": round(grids[0].corrupted, 4),
         "example": dict(zip(("clean", "corrupted", "answer"), example, strict=True)),
-        "command": command + " --attribution" * settings.attribution,
         "low": "as the corrupted prompt",
         "high": "as the clean prompt",
         "grids": [

@@ -21,6 +21,7 @@ from bildung.core.settings import settings as settings_class
 from bildung.look.answer_metrics import MetricName, recovered
 from bildung.look.edge_experiment import Ablation, EdgeExperiment
 from bildung.look.grid_page import write_grids
+from bildung.look.page import command_of
 from bildung.look.pair_tasks import Corruption
 from bildung.look.pairs import chosen_pairs, pair_hashes
 from bildung.look.path_patching import into_receivers
@@ -65,7 +66,7 @@ def path_patch(source: Path, out: Path, settings: Settings, *, force: bool = Fal
             "corrupted": lm.tokenizer.decode(list(first.corrupted)),
             "receivers": ", ".join(settings.receivers) + " through MLPs" * settings.through_mlps,
         }
-        numbers = as_json(experiment, left, Path(source).name, example, settings)
+        numbers = as_json(experiment, left, Path(source).name, example, settings) | {"command": command_of(job)}
         (job.out / "path_patch.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
         write_grids(numbers, job.out / "path_patch.html", job.out / "path_patch.png")
         job.measured |= {"clean": numbers["clean"], "corrupted": numbers["corrupted"]}
@@ -111,8 +112,6 @@ def as_json(
         "corrupted": round(experiment.corrupted, 4),
         "embed": round(left["embed"], 4),
         "example": example,
-        "command": f"bildung look path_patch {model} OUT --pairs {settings.pairs} --receivers "
-        + " ".join(settings.receivers),
         "low": "as the corrupted prompt",
         "high": "as the clean prompt",
         "grids": [

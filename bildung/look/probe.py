@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +24,13 @@ from bildung.core.errors import SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.progress import progress
 from bildung.core.record import Record
-from bildung.core.settings import as_dict
 from bildung.core.settings import settings as settings_class
 from bildung.data.rows import Row, Unusable
 from bildung.data.sources import fingerprint, rows
 from bildung.data.tagged import Label, TagSet, read_tagged, sample
 from bildung.look.activations import Piece, Units, collect, text_units, vector_sites, word_units
 from bildung.look.line_picture import Panel, draw_lines
-from bildung.look.page import data_url, render
+from bildung.look.page import command_of, data_url, look_page
 from bildung.look.probes import Kind, Options
 from bildung.look.selectivity import Sweep, mean_and_error, sweep
 from bildung.model.store import LanguageModel, load
@@ -77,7 +75,7 @@ def probe(source: Path, out: Path, settings: Settings, *, force: bool = False) -
     def work(job: Job) -> None:
         lm = load(source, settings.dtype)
         found = probe_model(lm, settings)
-        numbers = as_json(found, settings, Path(source).name)
+        numbers = as_json(found, settings, Path(source).name) | {"command": command_of(job)}
         (job.out / "probe.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         draw(numbers, job.out / "probe.png")
         (job.out / "probe.html").write_text(page(numbers, job.out / "probe.png"), encoding="utf-8")
@@ -164,26 +162,10 @@ def as_json(found: Probed, given: Settings, model: str) -> dict[str, Any]:
         "probes": {
             kind: {name: _pairs(values[p]) for name, values in measures.items()} for p, kind in enumerate(sweep.kinds)
         },
-        "command": command_line(given, model),
         "left_out": dict(units.left_out),
         "examples": units.examples,
         "notes": found.notes,
     }
-
-
-def command_line(given: Settings, model: str) -> str:
-    """What makes the page again: the settings that are not the default ones."""
-    usual = as_dict(Settings(data=given.data))
-    words = [f"bildung look probe {model} OUT --data {shlex.quote(given.data)}"]
-    for name, value in as_dict(given).items():
-        own = {f"{name}.{key}": one for key, one in value.items()} if isinstance(value, dict) else {name: value}
-        plain = {f"{name}.{key}": one for key, one in usual[name].items()} if isinstance(value, dict) else usual
-        for flag, one in own.items():
-            if one != plain[flag]:
-                texts = [shlex.quote(str(part)) for part in one] if isinstance(one, list | tuple) else [str(one)]
-                flag = flag.replace("_", "-")
-                words.append(f"--{flag}" if one is True else " ".join([f"--{flag}", *texts]))
-    return " ".join(words)
 
 
 def _pairs(values_SR: Tensor) -> list[list[float | None]]:
@@ -272,6 +254,7 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
 def page(numbers: dict[str, Any], picture: Path) -> str:
     """probe.html: the picture and the same numbers as a table."""
     heads, body = table(numbers)
-    return render(
-        "probe.html", heads=heads, rows=body, picture=data_url(picture), facts=summary(numbers).items(), **numbers
+    values = {name: value for name, value in numbers.items() if name != "data"} | {"data_name": numbers["data"]}
+    return look_page(
+        "probe.html", heads=heads, rows=body, picture=data_url(picture), facts=summary(numbers).items(), **values
     )

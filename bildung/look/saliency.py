@@ -31,7 +31,7 @@ from bildung.look.input_attribution import (
     rollout,
     token_vector,
 )
-from bildung.look.page import render
+from bildung.look.page import command_of, look_page
 from bildung.look.prompt import encode_prompt, label
 from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel, load
@@ -72,7 +72,7 @@ def saliency(source: Path, out: Path, settings: Settings, *, force: bool = False
         found = explain(load(source), settings.prompt, max_tokens=settings.max_tokens, **given)
         numbers = as_json(found, Path(source).name, settings)
         (job.out / "saliency.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
-        (job.out / "saliency.html").write_text(page(numbers), encoding="utf-8")
+        (job.out / "saliency.html").write_text(page(numbers, command_of(job)), encoding="utf-8")
         job.tokens_seen = len(found.tokens)
         job.measured = {"target": found.name}
         for method, one in found.methods.items():
@@ -173,14 +173,19 @@ def as_json(found: Explained, model: str, settings: Settings) -> dict[str, Any]:
     }
 
 
-def page(numbers: dict[str, Any]) -> str:
-    """saliency.html: the text once per method, coloured, and all numbers as a table."""
+def page(numbers: dict[str, Any], command: str) -> str:
+    """saliency.html: the text once per method, coloured, and all numbers as a map and a table."""
     strips = [
         {"name": name, **one, "cells": strip(numbers["labels"], one["scores"], name)}
         for name, one in numbers["methods"].items()
     ]
-    rows = [
-        [text, *(one["scores"][n] for one in numbers["methods"].values())] for n, text in enumerate(numbers["labels"])
-    ]
+    grid = {
+        "title": "All methods",
+        "note": "tokens across",
+        "corner": "",
+        "columns": numbers["labels"],
+        "rows": [name.replace("_", " ") for name in numbers["methods"]],
+        "cells": [[one | {"text": one["number"]} for one in row["cells"]] for row in strips],
+    }
     keys = ("model", "prompt", "chat", "target", "baseline")
-    return render("saliency.html", strips=strips, rows=rows, **{key: numbers[key] for key in keys})
+    return look_page("saliency.html", strips=strips, grid=grid, command=command, **{key: numbers[key] for key in keys})

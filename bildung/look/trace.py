@@ -18,6 +18,7 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.causal_trace import WINDOWED, Trace, causal_trace, span_of
 from bildung.look.grid_page import write_grids
+from bildung.look.page import command_of
 from bildung.look.prompt import label
 from bildung.model.store import LanguageModel, load
 
@@ -57,7 +58,7 @@ def trace(source: Path, out: Path, settings: Settings, *, force: bool = False) -
             window=settings.window,
             seed=settings.seed,
         )
-        numbers = as_json(lm, seen, Path(source).name, settings)
+        numbers = as_json(lm, seen, Path(source).name, settings) | {"command": command_of(job)}
         (job.out / "trace.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
         write_grids(numbers, job.out / "trace.html", job.out / "trace.png")
         job.measured = {key: numbers[key] for key in ("clean", "corrupted", "sigma")} | {"answer": numbers["answer"]}
@@ -111,7 +112,6 @@ def as_json(lm: LanguageModel, seen: Trace, model: str, settings: Settings) -> d
             "subject": f"{settings.subject} (*), noise of {settings.deviations:g} standard deviations of the embeddings"
             f" = {seen.sigma:.3g}, {settings.samples} samples",
         },
-        "command": f"bildung look trace {model} OUT --prompt ... --subject {settings.subject!r}",
         "low": "",
         "high": "",
         "grids": grids,

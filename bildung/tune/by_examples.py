@@ -44,6 +44,7 @@ from bildung.data.labelled import Labelled, check_same_classes, encode_labelled,
 from bildung.data.sources import fingerprint
 from bildung.evaluate.likelihood import evaluating
 from bildung.look.by_examples_page import WAYS, point, share, shown, write_page
+from bildung.look.page import command_of
 from bildung.model.store import load
 from bildung.tokens.frames import decoder_frame
 from bildung.train.classify import Classify
@@ -112,7 +113,7 @@ def by_examples(source: Path, out: Path, settings: Settings, *, force: bool = Fa
         most = Counter(test.labels).most_common(1)[0][1] / len(test)
         found = {"data": settings.data, "test_texts": len(test), "most_frequent": most, "points": points}
         (job.out / "curve.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        write_page(job.out, source.name, found, settings.template, settings.words)
+        write_page(job.out, source.name, found, settings.template, settings.words, command_of(job))
         job.measured |= found
         print(*shown(found), sep="\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import zlib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ from bildung.look.attention_patterns import AttentionPatterns, attention_pattern
 from tests.model.tiny import tiny_lm
 
 TEXT = "one two one"
+
+
+def unpacked(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(text))), dtype=torch.uint8)
 
 
 def test_patterns_are_causal_distributions_that_do_not_change_the_model():
@@ -70,7 +75,11 @@ def test_operation_leaves_page_picture_and_patterns(tmp_path: Path):
     assert "<script>alert(1)" not in page and "https://" not in page
     patterns = load_file(tmp_path / "out/patterns.safetensors")
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S).group(1))
-    sent = torch.frombuffer(bytearray(base64.b64decode(data["patterns"]["b"])), dtype=torch.uint8)
-    assert torch.allclose(sent.reshape(patterns["b"].shape) / 255, patterns["b"], atol=0.5 / 255 + 1e-6)
+    sent = unpacked(re.search(r'id="b-7">(.*?)</script>', page).group(1))  # layer 1, head 1 of 6
+    assert torch.allclose(sent.reshape(patterns["b"].shape[2:]) / 255, patterns["b"][1, 1], atol=0.5 / 255 + 1e-6)
+    assert page.count('type="text/plain"') == 24 and data["causal"]
+    difference = unpacked(data["thumbs"]["difference"]).view(torch.int8).reshape(patterns["a"].shape) / 127
+    expected = patterns["b"] - patterns["a"]
+    assert torch.allclose(difference * data["widest"], expected, atol=expected.abs().max() / 127)
     assert (tmp_path / "out/attention.png").read_bytes()[:4] == b"\x89PNG"
     assert "highest moved" in record.measured and not torch.equal(patterns["a"], patterns["b"])

@@ -23,7 +23,7 @@ def test_policy_allows_the_pages_own_script_alone(tmp_path: Path):
     )
     (tmp_path / "s.css").write_text('a::before { content: "<>"; }')
     (tmp_path / "s.js").write_text("if (1 < 2 && 3 > 2) run();")
-    page = render("t.html", (tmp_path,), script="s.js", text="<b onclick='x'>")
+    page = render("t.html", (tmp_path,), scripts=("s.js",), text="<b onclick='x'>")
     assert '{ content: "<>"; }' in page and "&lt;b onclick=&#39;x&#39;&gt;" in page
     script = re.search(r"<script>(.*)</script>", page, re.S).group(1)
     assert script == "if (1 < 2 && 3 > 2) run();"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 
 import bildung
@@ -14,6 +15,7 @@ RECIPE = Path(bildung.__file__).parent.parent / "recipes" / "positions.yaml"
 KEPT = ("words", "rope", "learned", "alibi", "positions", "batch", "norms")
 
 
+@pytest.mark.slow
 def test_the_comparison_of_positions_and_norms(tmp_path: Path) -> None:
     recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     recipe["out"] = str(tmp_path / "life")

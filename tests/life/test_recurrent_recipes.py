@@ -37,6 +37,7 @@ def measured(life: Path, name: str) -> dict[str, Any]:
     return record.measured
 
 
+@pytest.mark.slow
 def test_letters_to_phonemes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(0)
     names = ["".join(draw.choice("abcdefghiklmnoprstu") for _ in range(draw.randint(3, 9))) for _ in range(300)]
@@ -55,6 +56,7 @@ def test_letters_to_phonemes(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(json.loads((life / "alignment-bahdanau/alignment.json").read_text())) == 4
 
 
+@pytest.mark.slow
 def test_language_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     little = {"steps": 6, "max_length": 32, "batch_size": 4, "held_out": 4, "evaluate_every": 3, "baseline_order": 0}
     changes = {

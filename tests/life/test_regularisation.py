@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import yaml
 
 import bildung
@@ -14,6 +15,7 @@ from bildung.core.record import read_record
 RECIPE = Path(bildung.__file__).parent.parent / "recipes" / "regularisation.yaml"
 
 
+@pytest.mark.slow
 def test_every_remedy_and_the_picture(tmp_path: Path) -> None:
     recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     recipe["out"] = str(tmp_path / "life")

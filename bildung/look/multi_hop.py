@@ -1,0 +1,219 @@
+"""Repair of reasoning in two hops: read the first hop alone, and hand its result to the second as a vector.
+
+    bildung look multi_hop MODEL OUT                    the currency of the country whose capital is ...
+    bildung look multi_hop MODEL OUT --facts 40 --step 2
+
+    both at once   "The official currency of the country whose capital is Paris"        -> ?
+    repaired       "the country whose capital is Paris"   last token, after layer l     h
+                   "The official currency of x"           h put in for x after layer l*  -> the euro
+
+(Ghandeharioun et al. 2024, section 5: 19.6 % right at once, 50 % repaired, of questions whose two hops the model
+answers one by one.) Right is who is right for any pair of layers, as in the paper; beside it stand one pair of layers,
+chosen on the other half of the questions, pairs with l < l*, and how often the same texts say another's answer. The
+paper masks the attention of one text that holds both hops; here the hops are two texts, as in the authors' notebook.
+
+OUT gets multi_hop.html (one file, works offline), multi_hop.png and multi_hop.json with every text.
+"""
+
+# S questions, N source layers, T target layers
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bildung.core.errors import DataError, SettingsError
+from bildung.core.operation import Job, perform
+from bildung.core.record import Record
+from bildung.core.settings import settings as settings_class
+from bildung.data.sources import fingerprint
+from bildung.look.activations import Read, collect
+from bildung.look.attribute_extraction import others_said, right_elsewhere
+from bildung.look.facts import RELATIONS, Fact, facts, says
+from bildung.look.grid_page import draw_grids
+from bildung.look.lens import check_has_lens
+from bildung.look.page import render
+from bildung.look.patch_targets import target_prompt
+from bildung.look.patchscope import every
+from bildung.look.patchscopes import check_layer, patched_texts
+from bildung.model.store import LanguageModel, load
+from bildung.run.write import write
+
+FIRST = "the country whose capital is {}"
+SECOND = "The official currency of {}"
+
+
+@settings_class
+class Settings:
+    """Two-hop repair."""
+
+    facts: int = 24  # questions whose two hops the model answers one by one
+    layers: tuple[int, ...] = ()  # of the first hop; default: every step-th and the last
+    target_layers: tuple[int, ...] = ()  # of the second; default: the same
+    step: int = 4
+    new_tokens: int = 6  # that each run writes
+    dtype: Literal["float32", "bfloat16"] | None = None  # type to load the model in; default: as stored
+    seed: int = 0  # which questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """Paris -> France -> euro."""
+
+    given: str
+    middle: str
+    answer: str
+
+
+@dataclass
+class Repair:
+    """What was found. at_once_S: right without a patch; hits_SNT: with one."""
+
+    questions: list[Question]
+    asked: int
+    layers: list[int]
+    target_layers: list[int]
+    at_once_S: Tensor
+    texts: list[str]
+    hits_SNT: Tensor
+    others_SN: Tensor
+
+
+def multi_hop(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
+    """Make the page, the picture and the numbers. Raises SettingsError, NoSuchSite, DataError."""
+    if settings.facts < 2 or settings.new_tokens < 1 or settings.step < 1:
+        raise SettingsError("facts is at least 2, new_tokens and step at least 1.")
+
+    def work(job: Job) -> None:
+        lm = load(source, settings.dtype)
+        found = repair(lm, settings)
+        numbers = as_json(found, Path(source).name, settings)
+        (job.out / "multi_hop.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        draw_grids({**numbers, "grids": [numbers["grid"]]}, job.out / "multi_hop.png")
+        (job.out / "multi_hop.html").write_text(page(numbers), encoding="utf-8")
+        job.measured = numbers["measured"]
+        for name, value in numbers["measured"].items():
+            print(f"{name}: {value}")
+
+    data = fingerprint(RELATIONS["currency"].data)
+    return perform("look multi_hop", source, out, settings, work, data=data, force=force)
+
+
+def questions() -> list[Question]:
+    """Every country that has a capital and a currency whose word is known; capitals of two countries are left out."""
+    capital = {fact.subject: fact.object for fact in facts(RELATIONS["capital"])[0]}
+    often = list(capital.values())
+    pairs = [(fact, capital[fact.subject]) for fact in facts(RELATIONS["currency"])[0] if fact.subject in capital]
+    return [Question(city, fact.subject, fact.object) for fact, city in pairs if often.count(city) == 1]
+
+
+def repair(lm: LanguageModel, given: Settings) -> Repair:
+    """Ask, patch and ask again. Raises DataError when the model answers the two hops of fewer than two questions."""
+    check_has_lens(lm)
+    layers, theirs = (list(some) or every(lm, given.step) for some in (given.layers, given.target_layers))
+    for layer in [*layers, *theirs]:
+        check_layer(lm, layer, "model")
+    lm.model.eval()
+    all_questions = questions()
+    order = torch.randperm(len(all_questions), generator=torch.Generator().manual_seed(given.seed)).tolist()
+    chosen, asked = answered_one_by_one(lm, [all_questions[i] for i in order], given)
+    at_once = ask(lm, [SECOND.format(FIRST.format(one.given)) for one in chosen], given.new_tokens)
+    sites = [f"layers.{layer}.resid_post" for layer in layers]
+    reads = [lm.tokenizer.encode(FIRST.format(one.given)) for one in chosen]
+    vectors = collect(lm, [Read(tokens, [[len(tokens) - 1]]) for tokens in reads], sites)
+    h_SND = torch.stack([vectors[site] for site in sites], 1)
+    h_RE = h_SND.flatten(0, 1).repeat_interleave(len(theirs), 0).to(lm.model.device, lm.model.dtype)
+    into = theirs * (len(chosen) * len(layers))
+    texts = patched_texts(lm, target_prompt(lm, SECOND), h_RE, into, given.new_tokens)
+    shape = (len(chosen), len(layers), len(theirs))
+    hits = [says(text, chosen[r // (shape[1] * shape[2])].answer) for r, text in enumerate(texts)]
+    right = torch.tensor([says(text, one.answer) for text, one in zip(at_once, chosen, strict=True)])
+    others_SN = others_said(texts, [Fact(one.given, one.answer) for one in chosen], shape)
+    return Repair(chosen, asked, layers, theirs, right, texts, torch.tensor(hits).view(shape), others_SN)
+
+
+def ask(lm: LanguageModel, prompts: Sequence[str], new_tokens: int) -> list[str]:
+    """What the model writes after each."""
+    found = write(lm.model, lm.tokenizer, [lm.tokenizer.encode(prompt) for prompt in prompts], new_tokens)
+    return [answers[0].text for answers in found]
+
+
+def answered_one_by_one(lm: LanguageModel, some: Sequence[Question], given: Settings) -> tuple[list[Question], int]:
+    """(the first questions of whose hops each is answered alone, how many were asked)."""
+    known: list[Question] = []
+    asked = 0
+    for start in range(0, len(some), 64):
+        part = some[start : start + 64]
+        first = FIRST[0].upper() + FIRST[1:]
+        hops = ask(lm, [first.format(one.given) + " is" for one in part], given.new_tokens)
+        second = ask(lm, [SECOND.format(one.middle) for one in part], given.new_tokens)
+        asked += len(part)
+        known += [
+            one for one, a, b in zip(part, hops, second, strict=True) if says(a, one.middle) and says(b, one.answer)
+        ]
+        if len(known) >= given.facts:
+            break
+    if len(known) < 2:
+        raise DataError(
+            f"of {asked} questions the model answers both hops of {len(known)}, each alone; at least two are needed."
+        )
+    return known[: given.facts], asked
+
+
+def as_json(found: Repair, model: str, given: Settings) -> dict[str, Any]:
+    """Everything the page and the picture show."""
+    hits_SNT = found.hits_SNT
+    upward_NT = torch.tensor(found.layers)[:, None] < torch.tensor(found.target_layers)
+    pairs_S1P = hits_SNT.flatten(1)[:, None]
+    measured = {
+        "questions whose hops are answered one by one": len(found.questions),
+        "of": found.asked,
+        "right at once": _share(found.at_once_S),
+        "repaired, any pair of layers": _share(hits_SNT.flatten(1).any(-1)),
+        "repaired, any pair with l < l*": _share((hits_SNT & upward_NT).flatten(1).any(-1)),
+        "repaired, one pair chosen on the other half": _share(right_elsewhere(pairs_S1P)),
+        "answers of others, any target layer, best layer": round(float(found.others_SN.mean(0).max()), 4),
+    }
+    per = hits_SNT.shape[1] * hits_SNT.shape[2]
+    best = int(hits_SNT.double().mean(0).argmax())
+    layer, target_layer = found.layers[best // hits_SNT.shape[2]], found.target_layers[best % hits_SNT.shape[2]]
+    grid = {
+        "title": "repaired",
+        "note": "share right; source layer by target layer",
+        "corner": "layer",
+        "columns": list(map(str, found.target_layers)),
+        "rows": list(map(str, found.layers)),
+        "values": [[round(value, 4) for value in row] for row in hits_SNT.double().mean(0).tolist()],
+        "neutral": 0.0,
+    }
+    rows = [
+        [one.given, one.middle, one.answer, bool(found.at_once_S[s]), found.texts[s * per + best]]
+        for s, one in enumerate(found.questions)
+    ]
+    command = f"bildung look multi_hop {model} OUT --facts {given.facts} --step {given.step}"
+    return {
+        "title": "two-hop repair", "metric": "right answers", "model": model, "measured": measured, "grid": grid,
+        "rows": rows, "texts": found.texts, "prompts": [FIRST, SECOND],
+        "where": f"layer {layer} into {target_layer}",
+        "command": command + (f" --dtype {given.dtype}" if given.dtype else ""),
+    }  # fmt: skip
+
+
+def _share(right_S: Tensor) -> float:
+    return round(float(right_S.double().mean()), 4)
+
+
+def page(numbers: dict[str, Any]) -> str:
+    """multi_hop.html."""
+    grid = numbers["grid"]
+    cells = [
+        [{"text": f"{v:.2f}", "v": v, "style": "strong" if v > 0.66 else "", "title": f"{v:.3f}"} for v in row]
+        for row in grid["values"]
+    ]
+    return render("multi_hop.html", script="look.js", **{**numbers, "grid": grid | {"cells": cells}})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from bildung.look.picture import DPI, FONT, INK, MUTED, RULE, drawable, save_figure
 
@@ -61,6 +61,8 @@ def _draw(axis: Axes, panel: Panel) -> None:
     axis.set_xlabel(panel.x_label, fontsize=7.5, color=MUTED, family=FONT)
     axis.set_ylabel(panel.y_label, fontsize=7.5, color=MUTED, family=FONT)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M, not 2 and, in a corner, 1e6
+    if all(float(x).is_integer() for xs, _ in panel.lines.values() for x in xs):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no layer 2.5
     axis.tick_params(length=2, labelsize=7, colors=MUTED)
     axis.grid(True, color=RULE, linewidth=0.4)
     for side, spine in axis.spines.items():

@@ -79,12 +79,20 @@ def saliency(source: Path, out: Path, settings: Settings, *, force: bool = False
             job.measured[f"most salient, {method}"] = found.labels[int(one.scores_L.abs().argmax())]
             if one.gap is not None and one.value is not None and one.baseline is not None:
                 job.measured["gap of the integral"] = one.gap
-                if abs(one.gap) > SURE * abs(one.value - one.baseline):
+                if not _adds_up(one):
                     job.notes.append(
-                        f"the integral misses {one.gap:.3g} of {one.value - one.baseline:.3g}; more points"
+                        f"the integral misses {one.gap:.3g} of {one.value - one.baseline:.3g}: its shares say little; "
+                        f"give more points or another baseline"
                     )
 
     return perform("look saliency", Path(source), out, settings, work, force=force)
+
+
+def _adds_up(one: Saliency) -> bool:
+    """Whether the shares are those of an integral that has converged; True for methods without one."""
+    if one.gap is None or one.value is None or one.baseline is None:
+        return True
+    return abs(one.gap) <= SURE * abs(one.value - one.baseline)
 
 
 def explain(
@@ -167,6 +175,7 @@ def as_json(found: Explained, model: str, settings: Settings) -> dict[str, Any]:
                 "value": one.value,
                 "baseline": one.baseline,
                 "gap": one.gap,
+                "sure": _adds_up(one),
             }
             for name, one in found.methods.items()
         },

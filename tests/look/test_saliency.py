@@ -88,7 +88,11 @@ def test_the_page_targets_and_what_is_refused(tmp_path: Path) -> None:
         found.methods["rollout"].scores_L.tolist(), rel=1e-3
     )
     html = (tmp_path / "out" / "saliency.html").read_text(encoding="utf-8")
-    assert "integrated gradients" in html and "speaks for it" in html
+    assert "integrated gradients" in html and "speaks for it" in html and "do not add up" not in html
+    rough = operation.Settings(prompt="the cat sat <on> the mat", methods=("integrated_gradients",), points=1)
+    record = operation.saliency(place, tmp_path / "rough", rough)
+    assert "do not add up" in (tmp_path / "rough" / "saliency.html").read_text(encoding="utf-8")
+    assert any("the integral misses" in note for note in record.notes)
     with pytest.raises(DataError, match="'best' is no class of this model; bad, middling, good are"):
         explain(lm, "the cat", target="best")
     with pytest.raises(DataError, match=r"'rolout' is no method; did you mean 'rollout'"):

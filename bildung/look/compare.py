@@ -12,19 +12,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from bildung.core.errors import DataError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
+from bildung.data.examples import clm_examples
 from bildung.data.sources import fingerprint
-from bildung.look import by_position, compare_page
+from bildung.data.text import documents
+from bildung.look import compare_page
 from bildung.look.comparison import Align, Comparison, answer_ids, compare_models
 from bildung.look.cross_patching import Across, Over, Question
+from bildung.look.page import command_of
 from bildung.look.prompt import encode_prompt
 from bildung.model.store import LanguageModel
 from bildung.model.twin import load_both
@@ -95,7 +100,7 @@ def compare(source: Path, out: Path, settings: Settings, *, force: bool = False)
         numbers = compare_page.as_json(found, *names, settings.prompt, settings.chat, a.config.vocab_size)
         text = json.dumps(numbers, ensure_ascii=False, allow_nan=False)
         (job.out / "compare.json").write_text(text + "\n", encoding="utf-8")
-        (job.out / "compare.html").write_text(compare_page.page(numbers), encoding="utf-8")
+        (job.out / "compare.html").write_text(compare_page.page(numbers, command_line(job)), encoding="utf-8")
         job.tokens_seen = len(found.ids)
         job.measured = compare_page.summary(numbers)
         job.notes += [f"{part}: {reason}" for part, reason in found.left_out.items()]
@@ -103,6 +108,15 @@ def compare(source: Path, out: Path, settings: Settings, *, force: bool = False)
     companions = {"against": settings.against}
     data = fingerprint(settings.data) if settings.data is not None else None
     return perform("look compare", source, out, settings, work, data=data, companions=companions, force=force)
+
+
+def command_line(job: Job) -> str:
+    """What makes a job's result again, with B beside A."""
+    words = shlex.split(command_of(job))
+    at = words.index("--against")
+    b = words.pop(at + 1)
+    del words[at]
+    return shlex.join([*words[:4], b, *words[4:]])
 
 
 def comparison(a: LanguageModel, b: LanguageModel, settings: Given) -> Comparison:
@@ -139,8 +153,12 @@ def _pieces(lm: LanguageModel, settings: Given) -> Sequence[Sequence[int]]:
     if settings.data is None or settings.prompt is None or lm.config.kind == "vision":
         return ()
     length = min(PIECE, lm.config.max_position_embeddings)
-    rows = max(1, settings.data_tokens // length)
-    found: list[list[int]] = by_position.pieces(
-        lm, by_position.Settings(data=settings.data, length=length, rows=rows)
-    ).tolist()
-    return found
+    rows: list[list[int]] = []
+    for text in documents(settings.data):  # as far as is needed: a collection may be long
+        pieces = clm_examples(lm.tokenizer, [text], length)
+        rows += [piece.tokens for piece in pieces if len(piece) == length]
+        if len(rows) * length >= settings.data_tokens:
+            return rows[: max(1, settings.data_tokens // length)]
+    if not rows:
+        raise DataError(f"no document of {settings.data} has {length} tokens; give longer ones.")
+    return rows

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bildung.look import lens_page, logit_lens
 from bildung.look.comparison import Comparison
-from bildung.look.page import render
+from bildung.look.page import look_page
 from bildung.look.token_difference import Top
 
 STRONG = 0.66  # from this strength of the colour on, the text takes the other ink (lens.js has the same number)
@@ -107,15 +107,15 @@ def summary(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def page(numbers: dict[str, Any]) -> str:
-    """compare.html."""
+def page(numbers: dict[str, Any], command: str) -> str:
+    """compare.html. command: what makes it again."""
     shown = summary(numbers)
     has_lens = "lens" in numbers
-    return render(
+    return look_page(
         "compare.html",
         script="lens.js" if has_lens else None,
         facts=[(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in shown.items()],
-        command=f"bildung look compare {numbers['model']} {numbers['against']} OUT --prompt ...",
+        command=command,
         strip=_strip(numbers),
         text=_text(numbers),
         lens_grids=lens_page.grids(numbers["lens"]) if has_lens else [],
@@ -126,7 +126,7 @@ def page(numbers: dict[str, Any]) -> str:
         movers=_movers(numbers),
         weights=_weights(numbers),
         similarity=_similarity(numbers),
-        data=numbers.get("lens", {}),
+        **({"data": numbers["lens"]} if has_lens else {}),
         **{key: numbers[key] for key in ("model", "against", "prompt", "chat", "left_out", "on_more_text")},
         **{key: numbers["weights"][key] for key in ("matrices", "others", "unlike")},
     )
@@ -143,7 +143,7 @@ def shaded(
         cells.append([])
         for value in row:
             v = 0.0 if value is None or (value < 0 and not signed) else abs(value) / widest
-            style = ("less" if signed and value is not None and value < 0 else "") + (" strong" if v > STRONG else "")
+            style = ("minus" if signed and value is not None and value < 0 else "") + (" strong" if v > STRONG else "")
             cells[-1].append({"text": "" if value is None else show.format(value), "v": round(v, 3), "style": style})
     return cells
 
@@ -237,7 +237,7 @@ def _similarity(numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
     note = f"debiased linear CKA on {alike['tokens']} tokens; down: layers of A, across: of B"
     cells = shaded(alike["debiased"])
-    return [_table("CKA", note, alike["rows"], alike["columns"], cells, alike["biased"])]
+    return [_table("CKA", note, alike["rows"], alike["columns"], cells, alike["biased"], "A")]
 
 
 def _table(
@@ -247,13 +247,14 @@ def _table(
     columns: Sequence[str],
     cells: list[list[dict[str, Any]]],
     more: Sequence[Sequence[float]] | None = None,
+    corner: str = "layer",
 ) -> dict[str, Any]:
     """more: a second number of each cell, shown when it is pointed at."""
     for n, row in enumerate(cells):
         for m, cell in enumerate(row):
             second = "" if more is None else f" ({more[n][m]:.4g})"
-            cell["title"] = f"{rows[n]}, {columns[m]}: {cell['text']}{second}"
-    return {"title": title, "note": note, "rows": rows, "columns": columns, "cells": cells}
+            cell["title"] = f"{title}, {corner} {rows[n]}, {columns[m]}: {cell['text']}{second}"
+    return {"title": title, "note": note, "corner": corner, "rows": rows, "columns": columns, "cells": cells}
 
 
 def _top(top: Top) -> list[list[tuple[str, float]]]:

@@ -71,6 +71,7 @@ def render(template: str, folders: tuple[Path, ...] = (HTML,), scripts: tuple[st
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {}  # keys in their order: tables have the same
     environment.globals["asset"] = lambda name: Markup(_find(name, folders))
     script = "\n".join(_find(name, folders) for name in scripts)
     environment.globals["script"] = Markup(script)

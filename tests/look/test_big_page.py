@@ -60,7 +60,7 @@ def test_maps_go_by_the_keyboard_and_say_their_values(tmp_path: Path) -> None:
         for key in ("ArrowUp", "ArrowUp", "Home", "ArrowRight"):
             browser.press(key)
         said = browser.run("document.getElementById('say').textContent")
-        assert said.startswith("layer 0, head 1\nprevious token"), said
+        assert said.startswith("layer 0, head 1\nprevious token "), said
         browser.run("choose({ head: 1, row: 19 })")
         browser.run("document.getElementById('plot').focus()")
         for key in ("Home", "ArrowUp", "ArrowRight", "ArrowRight"):

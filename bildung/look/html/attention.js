@@ -67,6 +67,7 @@ function drawSheet() {
   sheet.at = [Math.floor(n / across), n % across];
   sheet.marked = true;
   sheet.draw();
+  sheet.reveal();
 }
 
 // ── the chosen head ──

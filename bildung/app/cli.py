@@ -27,6 +27,7 @@ import os
 import shlex
 import sys
 import typing
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, NoReturn
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?", and nothing is lost over it
     try:
-        run(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warned
+            run(argv)
         print(end="", flush=True)
     except BildungError as error:
         say(str(error), "red")
@@ -159,6 +162,19 @@ def show_verbs(shown: dict[str, Verb]) -> None:
 
 def _is_place(word: str) -> bool:
     return "/" in word or Path(word).exists()
+
+
+def _warned(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: typing.TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as one line; where in the code it was given is said of those meant for developers alone."""
+    place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
+    say(f"{message}{place}", "yellow")
 
 
 def say(text: str, style: str) -> None:

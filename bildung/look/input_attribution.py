@@ -53,7 +53,7 @@ def outputs(model: Any, tokens_BL: Tensor) -> Tensor:
     if isinstance(model, DecoderClassifier):
         return model(tokens_BL)
     if isinstance(model, Encoder) and model.classifier is not None:
-        return model.classify(model.hidden(tokens_BL))
+        return model.classes(tokens_BL)
     if isinstance(model, CausalLM):
         return model.unembed(model.hidden(tokens_BL)[:, -1])
     raise DataError(

@@ -25,6 +25,7 @@ from bildung.core.errors import AdapterError, OutputError, nearest
 from bildung.model import (
     adapter_attached,
     adapter_bitfit,
+    adapter_head,
     adapter_ia3,
     adapter_intrinsic,
     adapter_lora,
@@ -158,4 +159,6 @@ def write(model: Any, directory: Path, base: Path | None) -> None:
         "inference_mode": True,
     }
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if config["task_type"] == "SEQ_CLS":
+        adapter_head.write(model, directory)
     write_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, directory / TENSORS)

@@ -54,9 +54,11 @@ class Encoder(Model):
         keep_BL: Tensor | None = None,
         segments_BL: Tensor | None = None,
         types_BL: Tensor | None = None,
+        with_prompt: bool = False,
     ) -> Tensor:
         """The last states BLD. types_BL: 0 for the first sentence of a pair, 1 for the second. The rest as CausalLM.
 
+        with_prompt: after prompt tuning, the states of its vectors too, first (see `classes`).
         Raises DataError for a segment that the model has no vector for, and as CausalLM.
         """
         types_BL = self._types(types_BL)
@@ -69,6 +71,7 @@ class Encoder(Model):
             keep_BL=keep_BL,
             segments_BL=segments_BL,
             types_BL=types_BL,
+            with_prompt=with_prompt,
         )
 
     def _types(self, types_BL: Tensor | None) -> Tensor | None:
@@ -123,11 +126,32 @@ class Encoder(Model):
         h_BD = self.taps("pooled", self.pooled(h_BLD) if by_pooler else h_BLD[:, 0])
         return self.taps("class_logits", self.classifier(h_BD))
 
+    def classes(self, tokens_BL: Tensor, *, keep_BL: Tensor | None = None, types_BL: Tensor | None = None) -> Tensor:
+        """Tokens -> logits BC. After prompt tuning the head reads the prompt's first state, which stands where [CLS]
+        stood: so it is in peft, whose heads know of no prompt."""
+        return self.classify(self.hidden(tokens_BL, keep_BL=keep_BL, types_BL=types_BL, with_prompt=True))
+
     def tag(self, h_BLD: Tensor) -> Tensor:
         """Logits BLC of every token's class."""
         if self.tagger is None:
             raise self._lacks("tag")
         return self.tagger(h_BLD)
+
+    def take_heads(self, config: ModelConfig) -> None:
+        """Have the heads that `config` names. Those that are here and fit stay; the numbers of others are NaN: to be
+        filled in."""
+        fresh = Encoder(config)
+        for name in ("pooler", "transform", "lm_head", "nsp_head", "classifier", "tagger"):
+            old, new = getattr(self, name), getattr(fresh, name)
+            if old is not None and new is not None and _shapes(old) == _shapes(new):
+                continue
+            if new is not None:
+                new.to(self.device, self.weight_dtype)
+                for parameter in new.parameters():
+                    nn.init.constant_(parameter, float("nan"))
+            setattr(self, name, new)
+        self.sites, self.config = fresh.sites, config
+        self.name_linears()
 
     def _lacks(self, head: str) -> ModelFileError:
         there = ", ".join(self.config.heads) or "none"
@@ -135,3 +159,7 @@ class Encoder(Model):
             f"this {self.config.model_type} has no {head!r} head (its heads: {there}); the `architectures` of its "
             f"config.json say which it has. Train one, or use a directory that has it."
         )
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in module.named_parameters()}

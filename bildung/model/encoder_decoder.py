@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bildung.core.errors import DataError
@@ -65,7 +66,10 @@ class EncoderDecoder(Model):
             if can_look(keep_BS) and not bool(keep_BS.any(dim=1).all()):
                 raise DataError("a source without a single real token was given; a decoder has nothing to look at.")
             positions_BS = (keep_BS.cumsum(dim=1) - 1).clamp(min=0)
-        return Memory(self.encoder(source_BS, self.dtype, positions_BL=positions_BS, keep_BL=keep_BS), keep_BS)
+        states_BSD = self.encoder(source_BS, self.dtype, positions_BL=positions_BS, keep_BL=keep_BS, with_prompt=True)
+        if keep_BS is not None:  # a prompt is looked at as the source is
+            keep_BS = F.pad(keep_BS, (states_BSD.shape[1] - source_BS.shape[1], 0), value=True)
+        return Memory(states_BSD, keep_BS)
 
     def given(self, source_BS: Tensor, keep_BS: Tensor | None = None) -> Conditioned:
         """The decoder as a causal language model of the target, with this source in mind (one row per target row)."""
@@ -116,7 +120,7 @@ class Conditioned(CausalLM):
         return self
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
-        return KVCache(self.config, batch_size, max_length, self.dtype, self.device)
+        return KVCache(self.config, batch_size, max_length, self.dtype, self.device, self.decoder.ahead)
 
     def select(self, rows_B: Tensor) -> Conditioned:
         """The same decoder over other rows of the sources (beam search)."""

@@ -21,7 +21,7 @@ from bildung.core import ranks
 from bildung.core.errors import ConfigError, ModelFileError, OutputError, SettingsError, nearest
 from bildung.core.record import Record, damage, hash_directory, read_record
 from bildung.core.staging import check_name
-from bildung.model import adapter_attached, adapter_file, attachments, names, onnx_file, quantized_file
+from bildung.model import adapter_attached, adapter_file, adapter_head, attachments, names, onnx_file, quantized_file
 from bildung.model.assemble import assemble
 from bildung.model.config import BaseConfig, from_dict, read_config
 from bildung.model.gguf_file import hf_config, hf_state_dict, read_gguf
@@ -256,6 +256,7 @@ def _changed(lm: LanguageModel) -> dict[str, Tensor]:
     if lm.base is None or not (lm.base / "config.json").exists():
         return {}
     own, there = state_tensors(lm.model), dict(read_tensors(lm.base))
+    own, there = adapter_head.without_head(lm.model, own), adapter_head.without_head(lm.model, there)
     names.complete(there, lm.config)
     changed = {}
     for name, stored in there.items():

@@ -162,8 +162,9 @@ class Backbone(Stack):
         types_BL: Tensor | None = None,
         kv_cache: KVCache | None = None,
         memory: Memory | None = None,
+        with_prompt: bool = False,
     ) -> Tensor:
-        """States BLD after the final norm."""
+        """States BLD after the final norm. with_prompt: those of a prompt that is read beside the tokens too, first."""
         L = check_tokens(tokens_BL)
         past = kv_cache.length if kv_cache is not None else 0
         keep_BS = keep_BL
@@ -183,11 +184,15 @@ class Backbone(Stack):
         if self.virtual is not None:
             reading = self.virtual.before(self, reading, dtype)
         self._say_place(past, L, keep_BL, kv_cache)
-        h_BLD = self.run(self.embed(tokens_BL, reading.positions_BL, types_BL, dtype), reading, memory)
+        x_BLD = self.embed(tokens_BL, reading.positions_BL, types_BL, dtype)
+        beside = self.virtual is not None and self.virtual.beside(self)
+        if self.virtual is not None and beside:
+            x_BLD, reading = self.virtual.join(self, x_BLD, reading)
+            self.taps.reads(self.prefix, 0, x_BLD.shape[1], reading.keep_BS)
+        h_BLD = self.run(x_BLD, reading, memory)
         if kv_cache is not None:
             kv_cache.length += L
-        return h_BLD
-
+        return h_BLD[:, -L:] if beside and not with_prompt else h_BLD
 
     def _say_place(self, past: int, length: int, keep_BL: Tensor | None, kv_cache: KVCache | None) -> None:
         """Tell the taps which tokens this pass reads; virtual ones do not count."""

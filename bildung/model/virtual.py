@@ -12,6 +12,10 @@ for every row: the m vectors go through the layers once per batch, not once per 
 prefix. Hence both are one thing here. The tokens' own states keep their shape (B, L, D): losses, masks, activation
 sites and callers notice nothing, and what is left of the context, `config.max_position_embeddings`, is smaller by m.
 
+Where every token sees every other (BERT, the encoder of T5) a prompt's vectors see the row, and are read with it; the
+sites of that stack then show m + L places, the prompt's first. Of an encoder-decoder the encoder reads a prompt, and
+the decoder, which then looks at the prompt's states too; a prefix stands before the decoder's own tokens.
+
 One set of virtual tokens serves all documents of a packed row: every document sees it, at the distance that its own
 positions, which begin at m, say. Where distance is counted in columns (ALiBi, sliding windows) that would be wrong, and
 is refused; so is padding on the left, which would stand between the two.
@@ -22,7 +26,7 @@ is refused; so is padding on the left, which would stand between the two.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +35,8 @@ from torch import Tensor, nn
 from bildung.core.errors import AdapterError, DataError, SettingsError
 from bildung.model.base import Model, can_look
 from bildung.model.config import ModelConfig
+from bildung.model.encoder import Encoder
+from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.kv_cache import KVCache
 from bildung.model.transformer import Backbone, Decoder, Reading
 
@@ -52,7 +58,7 @@ class Joining(KVCache):
     """Puts keys and values before those of one pass, and keeps nothing: gradients reach what was put there."""
 
     def __init__(self, before: KeysValues):
-        self.before = before
+        self.before, self.cross = before, {}
 
     def update(self, layer: int, k_BKLH: Tensor, v_BKLH: Tensor) -> tuple[Tensor, Tensor]:
         before = (one.expand(len(k_BKLH), -1, -1, -1) for one in self.before[layer])
@@ -66,6 +72,7 @@ class Virtual(nn.Module):
     """Virtual tokens. Subclasses hold what was learned as parameters."""
 
     length: int  # M
+    encoded = False  # of an encoder-decoder: whether the encoder reads them, or the decoder
 
     def keys_values(self, backbone: Backbone, dtype: torch.dtype) -> KeysValues:
         """Keys and values of every layer."""
@@ -79,6 +86,8 @@ class Virtual(nn.Module):
         """
         M, cache = self.length, reading.kv_cache
         _check_distances(backbone, reading, M)
+        if self.beside(backbone):
+            return replace(reading, positions_BL=reading.positions_BL + M)
         keep_BS = reading.keep_BS
         if cache is None:
             cache = Joining(self.keys_values(backbone, dtype))
@@ -96,6 +105,14 @@ class Virtual(nn.Module):
             kv_cache=cache,
             past=reading.past + M,
         )
+
+    def beside(self, backbone: Backbone) -> bool:
+        """Whether the virtual tokens are read beside each row's tokens, and are no keys and values alone."""
+        return False
+
+    def join(self, backbone: Backbone, x_BLD: Tensor, reading: Reading) -> tuple[Tensor, Reading]:
+        """The row with its virtual tokens in front, for those who are `beside` it. Raises DataError."""
+        raise NotImplementedError
 
 
 def _check_distances(backbone: Backbone, reading: Reading, M: int) -> None:
@@ -123,6 +140,8 @@ class Prompt(Virtual):
     They enter where the embedding's do: after a scale of the embedding (Gemma), before learned positions are added.
     """
 
+    encoded = True
+
     def __init__(self, prompt_MD: Tensor):
         super().__init__()
         self.prompt_MD = nn.Parameter(prompt_MD)
@@ -130,6 +149,24 @@ class Prompt(Virtual):
 
     def keys_values(self, backbone: Backbone, dtype: torch.dtype) -> KeysValues:
         return read_vectors(backbone, self.prompt_MD.to(dtype))
+
+    def beside(self, backbone: Backbone) -> bool:
+        return not backbone.config.causal
+
+    def join(self, backbone: Backbone, x_BLD: Tensor, reading: Reading) -> tuple[Tensor, Reading]:
+        if reading.segments_BL is not None:
+            raise DataError(
+                "several documents are packed into a row, and here a prompt sees what follows it: it would carry one "
+                "document's words to the next. Use one document per row: pack = False."
+            )
+        B, M = len(x_BLD), self.length
+        places_1M = torch.arange(M, device=x_BLD.device)[None]
+        front_1MD = _placed(backbone, self.prompt_MD.to(x_BLD.dtype)[None], places_1M)
+        positions_BL = reading.positions_BL
+        keep_BS = None if reading.keep_BS is None else F.pad(reading.keep_BS, (M, 0), value=True)
+        positions_BS = torch.cat((places_1M.expand(len(positions_BL), M), positions_BL), dim=1)
+        joined = torch.cat((front_1MD.expand(B, M, -1), x_BLD), dim=1)
+        return joined, replace(reading, positions_BL=positions_BS, keep_BS=keep_BS)
 
 
 class Prefix(Virtual):
@@ -159,13 +196,20 @@ def read_vectors(backbone: Backbone, x_MD: Tensor) -> KeysValues:
     Attached modules work on them as on tokens; those who only look on, or change tokens' activations, do not see them.
     """
     positions_1M = torch.arange(len(x_MD), device=x_MD.device)[None]
-    x_1MD = x_MD[None]
-    if backbone.embed_positions is not None:
-        x_1MD = x_1MD + backbone.embed_positions(positions_1M, x_MD.dtype)
+    x_1MD = _placed(backbone, x_MD[None], positions_1M)
     collecting = Collecting()
     with backbone.taps.attached_only():
         backbone.run(x_1MD, Reading(positions_1M, kv_cache=collecting))
     return collecting.found
+
+
+def _placed(backbone: Backbone, x_1MD: Tensor, positions_1M: Tensor) -> Tensor:
+    """Vectors with those of their positions and of the first segment."""
+    if backbone.token_types is not None:
+        x_1MD = x_1MD + backbone.token_types(torch.zeros_like(positions_1M)).to(x_1MD.dtype)
+    if backbone.embed_positions is not None:
+        x_1MD = x_1MD + backbone.embed_positions(positions_1M, x_1MD.dtype)
+    return x_1MD
 
 
 def flatten(found: KeysValues) -> Tensor:
@@ -181,20 +225,26 @@ def prefix_size(config: ModelConfig) -> int:
 
 def virtual_of(model: Model) -> Virtual | None:
     """The virtual tokens of a model, if it has any."""
-    return cast("Virtual | None", getattr(getattr(model, "model", None), "virtual", None))
+    stacks = (getattr(model, half, None) for half in ("model", "encoder", "decoder"))
+    return next((found for stack in stacks if (found := getattr(stack, "virtual", None)) is not None), None)
 
 
-def check_decoder(model: Model, length: int) -> None:
+def stack_of(model: Model, kind: type[Virtual]) -> Backbone:
+    """The stack before whose rows such virtual tokens stand. Raises AdapterError for a model without a place."""
+    if isinstance(model, Decoder | Encoder):
+        return model.model
+    if isinstance(model, EncoderDecoder):
+        return model.encoder if kind.encoded else model.decoder
+    raise AdapterError(
+        f"virtual tokens were given to a {model.config.model_type} of kind {model.config.kind!r}; only language models "
+        f"made of Transformers have a place for them. Use one, or `tune lora`, `tune adapter`."
+    )
+
+
+def check_room(model: Model, length: int, kind: type[Virtual]) -> None:
     """Raises AdapterError for a model without a place for virtual tokens, SettingsError for more than its context."""
-    if not isinstance(model, Decoder):
-        reason = "its tokens see what follows, so a prompt's states would depend on the text"
-        if model.config.kind != "encoder":
-            reason = "only decoders have a place for them"
-        raise AdapterError(
-            f"virtual tokens were given to a {model.config.model_type} of kind {model.config.kind!r}; {reason}. "
-            f"Use a decoder, or `tune lora`, `tune adapter`."
-        )
-    context = model.config.max_position_embeddings + (virtual.length if (virtual := virtual_of(model)) else 0)
+    stack_of(model, kind)
+    context = _context(model, kind) + (virtual.length if (virtual := virtual_of(model)) else 0)
     if not 1 <= length < context:
         raise SettingsError(
             f"{length} virtual tokens were given; a model with a context of {context} (max_position_embeddings) takes "
@@ -205,20 +255,36 @@ def check_decoder(model: Model, length: int) -> None:
 def add_virtual(model: Model, virtual: Virtual) -> None:
     """Put virtual tokens before everything that `model` reads, in place of those it has.
 
-    The context left, model.config.max_position_embeddings, shrinks by their number. Raises as `check_decoder`.
+    The context left, model.config.max_position_embeddings (for the prompt of an encoder-decoder: its encoder's),
+    shrinks by their number. Raises as `check_room`.
     """
-    check_decoder(model, virtual.length)
+    kind = type(virtual)
+    check_room(model, virtual.length, kind)
     remove_virtual(model)
-    model.model.virtual = virtual.to(model.device)  # type: ignore[union-attr]
-    left = model.config.max_position_embeddings - virtual.length
-    model.config = replace(model.config, max_position_embeddings=left)
+    stack_of(model, kind).virtual = virtual.to(model.device)
+    _set_context(model, kind, _context(model, kind) - virtual.length)
 
 
 def remove_virtual(model: Model) -> Virtual | None:
     """Take the virtual tokens away; returns them."""
     virtual = virtual_of(model)
     if virtual is not None:
-        model.model.virtual = None  # type: ignore[union-attr]
-        whole = model.config.max_position_embeddings + virtual.length
-        model.config = replace(model.config, max_position_embeddings=whole)
+        kind = type(virtual)
+        stack_of(model, kind).virtual = None
+        _set_context(model, kind, _context(model, kind) + virtual.length)
     return virtual
+
+
+def _context(model: Model, kind: type[Virtual]) -> int:
+    config: Any = model.config
+    if isinstance(model, EncoderDecoder) and kind.encoded:
+        config = config.encoder
+    return int(config.max_position_embeddings)
+
+
+def _set_context(model: Model, kind: type[Virtual], left: int) -> None:
+    if isinstance(model, EncoderDecoder) and kind.encoded:
+        encoder = replace(cast(ModelConfig, model.config.encoder), max_position_embeddings=left)
+        model.config = replace(model.config, encoder=encoder)
+    else:
+        model.config = replace(model.config, max_position_embeddings=left)

@@ -117,6 +117,8 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     stop: str | Sequence[str] = (),
     seed: int = 0,
     n_best: int | None = None,
@@ -125,8 +127,9 @@ def generate(
     """The model's answer (a str) to a text, or to a conversation (a list of messages, or a text with `chat`).
 
     A list of texts, or of conversations, is answered in one batch by the list of their answers. temperature 0 is greedy
-    decoding. beams, length_penalty and the other settings of run/beam.py search instead; with n_best = N an answer
-    becomes the list of the N best, each with .text, .score and .log_prob.
+    decoding; what the settings of sampling mean is in run/decode.py. beams, length_penalty and the other settings of
+    run/beam.py search instead; with n_best = N an answer becomes the list of the N best, each with .text, .score and
+    .log_prob.
     Raises SettingsError for a value out of range and for a prompt that does not fit the model's context together with
     its answer; DataError for an empty prompt; ChatTemplateError without a template.
     """
@@ -136,6 +139,8 @@ def generate(
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
     )
     searched = _beam({**beam, "n_best": 1 if n_best is None else n_best}, strict=True)

@@ -16,8 +16,13 @@ What a model has of the head's parts is kept (BERT's pooler), the rest starts at
 were not trained on, beside those of a guess that does not read (always the most frequent class). `tune classify_words`
 lets a decoder write its answer instead.
 
-The head always trains. method says what else does: all of the model, or a LoRA, (IA)³ or BitFit on its layers, which
-are merged into the result: it is an ordinary directory whatever the method.
+The head always trains. method says what else does:
+
+    full, lora, ia3, bitfit    all of the model, or what is added to its layers, which is merged: the result is an
+                               ordinary directory
+    prompt, prefix             virtual tokens before every text (model/virtual.py), of an encoder: the result is an
+                               adapter directory on SOURCE, with the head in it; peft opens it. They learn at rates
+                               around 1e-2
 """
 
 from __future__ import annotations
@@ -47,18 +52,23 @@ from bildung.data.labelled import (
     text_batches,
 )
 from bildung.data.sources import fingerprint
+from bildung.model import adapter_file
 from bildung.model.decoder_classifier import DecoderClassifier
-from bildung.model.store import load, write_model
+from bildung.model.store import LanguageModel, load, write_model
 from bildung.pretrain.birth import set_aside
 from bildung.tokens.frames import Cut, decoder_frame
 from bildung.train.optim import ScheduleName
 from bildung.train.training import COMPUTE, Training, check_ranges, check_trainable, run
-from bildung.tune import bitfit, ia3, lora
+from bildung.tune import bitfit, ia3, lora, prefix, prompt
 from bildung.tune.classifier_head import with_classifier
 from bildung.tune.ia3 import Options as Ia3
 from bildung.tune.lora import Options as Lora
 from bildung.tune.merge import fold_deltas
+from bildung.tune.prefix import Options as Prefix
+from bildung.tune.prompt import Options as Prompt
 from bildung.tune.told import TOLD
+
+VIRTUAL = ("prompt", "prefix")  # methods that are kept as an adapter, since nothing of them can be merged
 
 
 @settings_class
@@ -77,9 +87,11 @@ class Settings(Training):
     cut: Cut = "end"  # where: at the end, or in the middle, a quarter of what is left being from the beginning
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
     balance: bool = False  # rare classes weigh more, so that all count the same
-    method: Literal["full", "lora", "ia3", "bitfit"] = "full"  # what trains beside the head
+    method: Literal["full", "lora", "ia3", "bitfit", "prompt", "prefix"] = "full"  # what trains beside the head
     lora: Lora = Lora()  # method lora: the low-rank deltas
     ia3: Ia3 = Ia3()  # method ia3: what is rescaled
+    prompt: Prompt = Prompt()  # method prompt: the vectors before every text
+    prefix: Prefix = Prefix()  # method prefix: the keys and values before every text's
     learning_rate: float = 5e-5  # at the top of the schedule
     schedule: ScheduleName = "linear"  # course of the learning rate after the warmup
     warmup: float = 0.1  # share of the steps in which the learning rate rises
@@ -109,6 +121,12 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
                 f"{source} is a {lm.config.model_type} of kind {lm.config.kind!r}; an encoder or a decoder is needed."
             )
         check_trainable(lm, source)
+        if settings.method in VIRTUAL and lm.config.kind != "encoder":
+            raise DataError(
+                f"{source} is a {lm.config.model_type} of kind {lm.config.kind!r}; method {settings.method} is for "
+                f"encoders here (peft reads a padded row's class from its padding, behind a prompt of a decoder). Use "
+                f"`tune {settings.method}` and `evaluate`, or another method."
+            )
         dtype = load(source).model.weight_dtype
         data = read(settings, settings.data, None)
         train, aside = split(data, settings)
@@ -118,6 +136,10 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
             if settings.problem != "regression":
                 job.notes += check_same_classes(settings.data, settings.test, final, settings.limit)
         lm = with_classifier(job, lm, data.classes, settings.seed, settings.problem)
+        if settings.method in VIRTUAL:
+            add_virtual_tokens(lm, settings)
+        else:
+            choose_trained(lm.model, settings)
         frame = decoder_frame(lm.tokenizer) if lm.config.kind == "classifier" else None
         longest, pad_id = min(settings.max_length, lm.config.max_position_embeddings), lm.tokenizer.pad_id
         encoded = {
@@ -125,7 +147,6 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
             for name, part in (("train", train), ("aside", aside), ("final", final))
             if part is not None
         }
-        choose_trained(lm.model, settings)
         lm.model.compute_dtype = COMPUTE[settings.precision]
         objective = told.objective(text_logits, train, settings.label_smoothing, settings.balance)
         cut = sum(len(framed.tokens) == longest for framed, _ in encoded["train"])
@@ -144,6 +165,11 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
             job.measured |= told.figures(logits_NC, train, final)
             print(told.shown(job.measured))
         lm.model.compute_dtype = None
+        if settings.method in VIRTUAL:
+            prefix.drop_mlp(lm)
+            lm.tokenizer.save(job.out)
+            adapter_file.write(lm.model, job.out, base=source)
+            return
         if settings.method == "full":
             lm.model.to(dtype)
         else:
@@ -157,13 +183,13 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
 def check_method(settings: Settings) -> None:
     """Raises SettingsError for settings of a method that is not the chosen one."""
     lora.check(settings.lora)
-    for name, given, usual in (("lora", settings.lora, Lora()), ("ia3", settings.ia3, Ia3())):
-        if settings.method != name and given != usual:
+    for name, usual in (("lora", Lora()), ("ia3", Ia3()), ("prompt", Prompt()), ("prefix", Prefix())):
+        if settings.method != name and getattr(settings, name) != usual:
             raise SettingsError(f"settings of {name} were given, and method is {settings.method!r}; set method {name}.")
 
 
 def choose_trained(model: Any, settings: Settings) -> None:
-    """Let the head and what the method adds or names require gradients, nothing else."""
+    """Let the head and what the method adds to the layers or names require gradients, nothing else."""
     if settings.method == "full":
         model.requires_grad_(True)
         return
@@ -175,6 +201,19 @@ def choose_trained(model: Any, settings: Settings) -> None:
         ia3.add_ia3(model, settings.ia3)
     else:
         bitfit.add_bitfit(model, bitfit.Options())
+    _train_head(model)
+
+
+def add_virtual_tokens(lm: LanguageModel, settings: Settings) -> None:
+    """Put the method's virtual tokens before the model; they and the head require gradients, nothing else."""
+    if settings.method == "prompt":
+        prompt.add_prompt(lm, replace(settings.prompt, seed=settings.prompt.seed or settings.seed))
+    else:
+        prefix.add_prefix(lm, replace(settings.prefix, seed=settings.prefix.seed or settings.seed))
+    _train_head(lm.model)
+
+
+def _train_head(model: Any) -> None:
     for head in ("score", "classifier", "pooler"):
         if getattr(model, head, None) is not None:
             getattr(model, head).requires_grad_(True)
@@ -182,10 +221,9 @@ def choose_trained(model: Any, settings: Settings) -> None:
 
 def text_logits(model: Any, batch: TextBatch) -> Tensor:
     """The logits BC of a batch of texts."""
-    h_BLD = model.hidden(batch.tokens_BL, keep_BL=batch.keep_BL, types_BL=batch.types_BL)
     if isinstance(model, DecoderClassifier):
-        return model.classify(h_BLD, batch.keep_BL)
-    logits_BC: Tensor = model.classify(h_BLD)
+        return model(batch.tokens_BL, keep_BL=batch.keep_BL)
+    logits_BC: Tensor = model.classes(batch.tokens_BL, keep_BL=batch.keep_BL, types_BL=batch.types_BL)
     return logits_BC
 
 

@@ -11,6 +11,8 @@ peft's own benchmark: 5.7 % of GSM8K from random numbers, 34.3 % from sampled to
 
 With text and no `length`, training starts at the model that reads the written prompt first, exactly. The virtual tokens
 stand before everything, BOS included, at positions 0 .. m-1, as in peft. The result is a directory in PEFT's format.
+An encoder-decoder's encoder reads them before its source (the paper's T5). A text classifier is tuned by
+`tune classify --method prompt`.
 
 Peers: peft starts from N(0, 1) unless told otherwise and samples from the whole vocabulary. Below a billion parameters
 prompt tuning stays behind full tuning (the paper's figure 1).
@@ -31,8 +33,9 @@ from bildung.core.operation import Job
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.model import adapter_file
+from bildung.model.adapter_prompt import check_family
 from bildung.model.store import LanguageModel, load, write_model
-from bildung.model.virtual import Prompt, add_virtual, check_decoder, virtual_of
+from bildung.model.virtual import Prompt, Virtual, add_virtual, check_room, stack_of, virtual_of
 from bildung.train.precision import FROZEN
 from bildung.tune.instruction import Tuning, train, tune
 
@@ -41,12 +44,19 @@ LENGTH, COMMON = 20, 5000
 
 
 @settings_class
-class Settings(Tuning):
-    """Prompt tuning."""
+class Options:
+    """A prompt of virtual tokens."""
 
     length: int | None = None  # virtual tokens; default: as many as the text has, 20 without text
     init: Literal["text", "vocabulary", "random"] = "text"  # what they start as
     text: str = TEXT  # init text: the written prompt
+    seed: int = 0  # of the first values
+
+
+@settings_class
+class Settings(Tuning, Options):
+    """Prompt tuning."""
+
     learning_rate: float = 1e-2  # at the top of the schedule
 
 
@@ -66,17 +76,18 @@ def prompt(source: Path, out: Path, settings: Settings, *, force: bool = False) 
     return tune("tune prompt", source, out, settings, work, force)
 
 
-def add_prompt(lm: LanguageModel, settings: Settings) -> Prompt:
+def add_prompt(lm: LanguageModel, settings: Options) -> Prompt:
     """Freeze the model and put a trainable prompt before it; its first values are a function of (seed, settings)."""
     if virtual_of(lm.model) is not None:
         raise AdapterError(f"{lm.path} has virtual tokens already; start from its base, {lm.base}.")
+    check_family(lm.model)
     lm.model.requires_grad_(False)
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.init == "text":
-        ids = written(lm, settings.text, settings.length)
+        ids = written(lm, settings.text, settings.length, Prompt)
     else:
         length = LENGTH if settings.length is None else settings.length
-        check_decoder(lm.model, length)
+        check_room(lm.model, length, Prompt)
         special = set(lm.tokenizer.special_tokens.values())
         common = [i for i in range(lm.tokenizer.vocab_size) if i not in special][:COMMON]
         chosen = torch.randint(len(common), (length,), generator=generator)
@@ -84,18 +95,19 @@ def add_prompt(lm: LanguageModel, settings: Settings) -> Prompt:
     if settings.init == "random":
         prompt_MD = torch.rand(len(ids), lm.config.hidden_size, generator=generator) - 0.5
     else:
-        prompt_MD = lm.model.model.vectors(torch.tensor(ids, device=lm.model.device), torch.float32).detach().clone()
+        stack = stack_of(lm.model, Prompt)
+        prompt_MD = stack.vectors(torch.tensor(ids, device=lm.model.device), torch.float32).detach().clone()
     virtual = Prompt(prompt_MD)
     add_virtual(lm.model, virtual)
     lm.config = lm.model.config
     return virtual
 
 
-def written(lm: LanguageModel, text: str, length: int | None) -> Sequence[int]:
+def written(lm: LanguageModel, text: str, length: int | None, kind: type[Virtual]) -> Sequence[int]:
     """The token ids of a written prompt, BOS first where the model has one; repeated or cut to `length`, if given."""
     ids = lm.tokenizer.encode(text) if text.strip() else []
     if not ids:
         raise SettingsError("init = text needs a text; give one, or init vocabulary or random.")
     length = len(ids) if length is None else length
-    check_decoder(lm.model, length)
+    check_room(lm.model, length, kind)
     return [ids[index % len(ids)] for index in range(length)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -102,6 +103,13 @@ def test_an_operation_gets_its_settings_from_flags(bildung, tmp_path):
 def test_the_comment_beside_a_setting_is_its_help(bildung):
     code, out, _ = bildung("toy grow --help")
     assert code == 0 and "--lines" in out and "how many lines to add" in out and "SOURCE" in out
+
+
+def test_a_warning_is_one_line(bildung, monkeypatch):
+    monkeypatch.setattr(cli, "run", lambda argv: warnings.warn("the base has changed", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert bildung("log x") == (0, "", "the base has changed\n")
 
 
 def test_a_plain_command(bildung):

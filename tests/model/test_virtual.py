@@ -26,8 +26,10 @@ from bildung.model.virtual import (
     virtual_of,
 )
 from bildung.run.loop import decode
+from tests.contract.test_families import CONFIGS
 from tests.model.test_linear import with_lora
 from tests.model.tiny import tiny_decoder, tiny_lm, tokens
+from tests.model.tiny_encoder import tiny_encoder
 
 M, L = 5, 11
 FAMILIES = {
@@ -45,7 +47,7 @@ def decoder(family: str) -> Decoder:
 
 def with_prompt(model: Decoder, kind: str = "prompt") -> Tensor:
     """Puts the vectors (or keys and values) of five tokens before the model; returns these tokens."""
-    ids_M = tokens(1, M, seed=9)[0]
+    ids_M = tokens(1, M, seed=9)[0].clamp(max=model.config.vocab_size - 1)
     with torch.no_grad():
         vectors_MD = model.model.vectors(ids_M, torch.float32)
         prefix_MF = flatten(read_vectors(model.model, vectors_MD))
@@ -176,15 +178,31 @@ def test_over_quantized_matrices(store: type) -> None:
     torch.testing.assert_close(there, read_in_words(model, ids_M, tokens()), atol=1e-2, rtol=1e-2)
 
 
-def test_kinds_without_a_place_are_refused_by_name(tmp_path: Path) -> None:
-    bert = build(from_dict({"model_type": "bert", "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1,
-                            "num_attention_heads": 2, "intermediate_size": 64}))  # fmt: skip
-    with pytest.raises(AdapterError, match=r"bert of kind 'encoder'.*depend on the text"):
-        add_virtual(bert, Prompt(torch.zeros(3, 32)))
-    t5 = build(from_dict({"model_type": "t5", "vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4,
-                          "num_layers": 1}))  # fmt: skip
-    with pytest.raises(AdapterError, match="t5 of kind 'encoder-decoder'"):
-        add_virtual(t5, Prompt(torch.zeros(3, 32)))
+def test_kinds_without_a_place_are_refused_by_name() -> None:
+    recurrent = build(from_dict({"model_type": "rnn_seq2seq", **CONFIGS["rnn_seq2seq"]}))
+    with pytest.raises(AdapterError, match="rnn_seq2seq of kind 'seq2seq'; only language models made of Transformers"):
+        add_virtual(recurrent, Prompt(torch.zeros(3, 32)))
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_an_encoder_reads_each_row_with_its_virtual_tokens(kind: str) -> None:
+    """Written tokens in front are the same thing, as a prompt; padding is nobody's business; packing is refused."""
+    model = tiny_encoder("BertForMaskedLM", initializer_range=0.3).model
+    rows_BL = tokens(2, L, seed=4).clamp(max=model.config.vocab_size - 1)
+    keep_BL = torch.ones(2, L, dtype=torch.bool)
+    keep_BL[1, 7:] = False
+    ids_M = with_prompt(model, kind)
+    there = model(rows_BL, keep_BL=keep_BL)
+    assert there.shape[:2] == (2, L)
+    torch.testing.assert_close(there[1:, :7], model(rows_BL[1:, :7]), atol=1e-5, rtol=1e-5)
+    if kind == "prompt":
+        assert model.hidden(rows_BL, with_prompt=True).shape[1] == M + L
+        with pytest.raises(DataError, match="pack = False"):
+            model(rows_BL, segments_BL=torch.zeros(2, L, dtype=torch.long))
+    remove_virtual(model)
+    if kind == "prompt":
+        torch.testing.assert_close(there[0], read_in_words(model, ids_M, rows_BL)[0], atol=1e-5, rtol=1e-5)
+    assert (there - model(rows_BL, keep_BL=keep_BL))[0].abs().max() > 0.05
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:

@@ -33,6 +33,16 @@ def test_the_answer_is_what_the_loop_decodes(tiny_lm: LanguageModel) -> None:
     assert bildung.generate(tiny_lm, PROMPT, new_tokens=9) == tiny_lm.tokenizer.decode(known, skip_special=True)
 
 
+def test_the_penalties_of_an_answer_reach_it(tiny_lm: LanguageModel) -> None:
+    plain = bildung.generate(tiny_lm, PROMPT, new_tokens=20)
+    ids = tiny_lm.tokenizer.encode(PROMPT)
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        found = bildung.generate(tiny_lm, PROMPT, new_tokens=20, **{penalty: 100.0})
+        assert found == "".join(stream(tiny_lm, ids, 20, sampling=Sampling(**{penalty: 100.0}))) != plain
+    with pytest.raises(SettingsError, match="presence_penalty"):
+        bildung.generate(tiny_lm, PROMPT, presence_penalty=float("nan"))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_pieces_join_to_the_whole_and_seeds_repeat(tiny_lm: LanguageModel, seed: int) -> None:
     ids = tiny_lm.tokenizer.encode(PROMPT)

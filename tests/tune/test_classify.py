@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 
 import bildung
-from bildung.core.errors import DataError, SettingsError
+from bildung.core.errors import DataError, OutputError, SettingsError
 from bildung.core.operation import Job
 from bildung.core.settings import resolve
 from bildung.data.labelled import Labelled, encode_labelled, pad_texts, read_labelled
@@ -68,6 +69,32 @@ def test_it_learns_and_is_opened_by_transformers(
     tokens = torch.tensor([[2, 40, 41, 42, 3]])
     with torch.no_grad():
         assert torch.allclose(peer(tokens).logits, lm.model.classify(lm.model.hidden(tokens)), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+def test_virtual_tokens_and_their_head_are_an_adapter(method: str, rows: str, tmp_path: Path) -> None:
+    """On a base without such a head; peft opens it, and it is saved again as it is."""
+    source = bildung.save(tiny_encoder("BertForPreTraining"), tmp_path / "source")
+    options = {"method": method, method: {"length": 4, "init": "random"}, "steps": 8, "learning_rate": 0.02}
+    record = classify(source, tmp_path / "out", given(rows, **options))
+    assert record.measured["test_texts"] == 30
+    lm = bildung.load(tmp_path / "out")
+    assert lm.config.raw["id2label"] == {"0": "cat", "1": "dog"} and lm.added == ["virtual tokens"]
+    old = bildung.load(source).model.state_dict()
+    assert all(torch.equal(p, old[name]) for name, p in lm.model.named_parameters() if name.startswith("model.layers"))
+    tokens = torch.tensor([[2, 40, 41, 42, 3], [2, 40, 3, 0, 0]])
+    logits = lm.model.classes(tokens, keep_BL=tokens != 0)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(source, num_labels=2)
+    peer = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.allclose(peer(tokens, attention_mask=(tokens != 0).long()).logits, logits, atol=1e-4)
+    again = bildung.load(bildung.save(lm, tmp_path / "copy"))
+    assert torch.equal(again.model.classes(tokens, keep_BL=tokens != 0), logits)
+    with torch.no_grad():
+        lm.model.model.layers[0].self_attn.q_proj.base.weight[0] += 1
+    with pytest.raises(OutputError, match="would leave the change out"):
+        bildung.save(lm, tmp_path / "changed")
 
 
 def test_what_is_kept_and_what_starts_at_random(rows: str, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import bildung
-from bildung.core.errors import DataError
+from bildung.core.errors import DataError, SettingsError
 from bildung.data.seq2seq import SourceTarget, answered
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.store import LanguageModel
+from bildung.model.virtual import remove_virtual
 from bildung.tune.bitfit import Settings as Bitfit
 from bildung.tune.bitfit import bitfit
 from bildung.tune.dylora import Settings as Dylora
@@ -27,6 +28,10 @@ from bildung.tune.lora import Settings as Lora
 from bildung.tune.lora import lora
 from bildung.tune.merge import Settings as Merge
 from bildung.tune.merge import fold_deltas, merge
+from bildung.tune.prefix import Settings as Prefix
+from bildung.tune.prefix import prefix
+from bildung.tune.prompt import Settings as Prompt
+from bildung.tune.prompt import prompt
 from tests.contract.test_families import CONFIGS
 from tests.model.tiny import tiny_lm
 from tests.model.tiny_encoder import tiny_encoder
@@ -38,6 +43,8 @@ METHODS: dict[str, Any] = {
     "ia3": (ia3, Ia3, {"learning_rate": 0.1}),
     "dylora": (dylora, Dylora, {"rank": 4}),
     "bitfit": (bitfit, Bitfit, {"learning_rate": 0.1}),
+    "prompt": (prompt, Prompt, {"text": "abc"}),
+    "prefix": (prefix, Prefix, {"length": 3}),
 }
 
 
@@ -81,6 +88,28 @@ def test_tuned_and_loaded(family: str, method: str, data: str, tmp_path: Path) -
         assert (before - after).abs().max() > 1e-3
         fold_deltas(again.model, torch.float32)
         torch.testing.assert_close(again.model(*tokens), after, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_virtual_tokens_are_kept(method: str, data: str, tmp_path: Path) -> None:
+    """Nothing else changes; a written prompt is where a decoder's prefix cannot start."""
+    config = from_dict({"model_type": "t5", **CONFIGS["t5"]})
+    lm = LanguageModel(build(config, 3).eval(), tiny_lm().tokenizer, config)
+    source = bildung.save(lm, tmp_path / "source")
+    operation, settings, options = METHODS[method]
+    common = dict(data=data, steps=2, precision="fp32", max_length=32)
+    operation(source, tmp_path / "out", settings(**{**common, **options}))
+    again = bildung.load(tmp_path / "out")
+    assert again.added == ["virtual tokens"]
+    tokens = torch.tensor([[40, 41, 42, 43]]), torch.tensor([[258, 60, 61]])
+    with torch.no_grad():
+        assert (lm.model(*tokens) - again.model(*tokens)).abs().max() > 1e-3
+    remove_virtual(again.model)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(*tokens), lm.model(*tokens), atol=1e-5, rtol=1e-5)
+    if method == "prefix":
+        with pytest.raises(SettingsError, match="depend on the source"):
+            operation(source, tmp_path / "text", settings(**common, init="text"))
 
 
 def test_an_encoder_is_told_what_it_learns_from(data: str, tmp_path: Path) -> None:

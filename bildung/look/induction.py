@@ -41,9 +41,7 @@ LOGGED = "induction/"  # what names in a training log begin with
 class Settings:
     """The induction circuit."""
 
-    stretch: int | None = (
-        None  # distinct random tokens, which come twice; default: 50, or what the context can hold
-    )
+    stretch: int | None = None  # distinct random tokens, which come twice; default: 50, or what the context can hold
     rows: int = 32  # such rows
     seed: int = 0  # of the tokens
 

@@ -26,7 +26,7 @@ from bildung.look.attribute_extraction import Extraction, extract
 from bildung.look.facts import RELATIONS, facts, relation_of
 from bildung.look.lens import check_has_lens
 from bildung.look.line_picture import Panel, draw_lines
-from bildung.look.page import data_url, render
+from bildung.look.page import data_url, look_page
 from bildung.look.patchscope import every
 from bildung.look.patchscopes import check_layer
 from bildung.model.store import LanguageModel, load
@@ -199,9 +199,8 @@ def page(numbers: dict[str, Any], picture: Path) -> str:
         }
         shown.append({"name": name, "prompt": one["prompt"], "heads": heads, "rows": body, "grid": grid, "where": where}
                      | {"examples": examples, "facts": facts_line.items()})  # fmt: skip
-    return render(
+    return look_page(
         "attributes.html",
-        script="look.js",
         model=numbers["model"],
         command=numbers["command"],
         picture=data_url(picture),

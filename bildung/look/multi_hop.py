@@ -38,7 +38,7 @@ from bildung.look.attribute_extraction import others_said, right_elsewhere
 from bildung.look.facts import RELATIONS, Fact, facts, says
 from bildung.look.grid_page import draw_grids
 from bildung.look.lens import check_has_lens
-from bildung.look.page import render
+from bildung.look.page import look_page
 from bildung.look.patch_targets import target_prompt
 from bildung.look.patchscope import every
 from bildung.look.patchscopes import check_layer, patched_texts
@@ -216,4 +216,4 @@ def page(numbers: dict[str, Any]) -> str:
         [{"text": f"{v:.2f}", "v": v, "style": "strong" if v > 0.66 else "", "title": f"{v:.3f}"} for v in row]
         for row in grid["values"]
     ]
-    return render("multi_hop.html", script="look.js", **{**numbers, "grid": grid | {"cells": cells}})
+    return look_page("multi_hop.html", **{**numbers, "grid": grid | {"cells": cells}})

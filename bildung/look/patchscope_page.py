@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from bildung.look.page import render
+from bildung.look.page import look_page
 from bildung.look.patch_targets import Target
 from bildung.look.patchscopes import Patchscoped
 from bildung.look.picture import BLUES, DPI, FONT, INK, MONO, MUTED, RULE, drawable, save_figure
@@ -105,7 +105,7 @@ def page(numbers: dict[str, Any]) -> str:
     }
     colour = "the source model's own next token" if known else "the run's first token"
     facts = summary(numbers).items()
-    return render("patchscope.html", script="look.js", grid=grid, colour=colour, known=known, facts=facts, **numbers)
+    return look_page("patchscope.html", grid=grid, colour=colour, known=known, facts=facts, **numbers)
 
 
 def draw(numbers: dict[str, Any], path: Path) -> None:

@@ -34,5 +34,6 @@ def test_the_verb_writes_page_picture_and_numbers(
     one = numbers["relations"]["symbol"]
     assert len(one["texts"]) == 4 and len(one["texts"][0]) == 4 and set(one["lines"]) == set(attributes.LINES)
     html = (tmp_path / "out" / "attributes.html").read_text()
+    assert "class HeatMap" in html  # the shared script is in it
     assert "&lt;3&gt;" in html and "<3>" not in html and "data:image/png" in html
     assert "capital: 2 rows of mini:countries have no object" in record.notes

@@ -41,4 +41,5 @@ def test_repair_is_a_patchscope_of_the_first_hop(
     assert record.measured["repaired, any pair of layers"] == record.measured["repaired, any pair with l < l*"] == 0.5
     assert record.measured["of"] == 7 and record.measured["right at once"] == 0
     html = (tmp_path / "out" / "multi_hop.html").read_text()
+    assert "class HeatMap" in html  # the shared script is in it
     assert "&lt;Oslo&gt;" in html and "<Oslo>" not in html

@@ -25,6 +25,7 @@ def test_the_verb_writes_page_picture_and_numbers(tiny_lm_directory: Path, tmp_p
     assert numbers["cells"][2]["text"] == again.texts[0] and numbers["labels"][numbers["place"]] == "ain"
     assert numbers["cells"][2]["expected_prob"] == pytest.approx(float(again.expected_probs_R[0]), abs=1e-4)
     html = (tmp_path / "out" / "patchscope.html").read_text()
+    assert "class HeatMap" in html  # the shared script is in it
     assert "&lt;" in html and "<Spain" not in html and "--at &#39;&lt;Spain&#39;" in html
     assert record.measured["runs"] == 4 and (tmp_path / "out" / "patchscope.png").stat().st_size > 4000
     # Layers by positions, through maps of the model to itself.

@@ -62,6 +62,7 @@ def as_json(
         {
             "site": grid.site,
             "across": grid.across,
+            "metric": grid.question.name,
             "columns": grid.columns,
             "into": grid.into,
             "source": grid.source,
@@ -121,7 +122,7 @@ def page(numbers: dict[str, Any], command: str) -> str:
         lens_grids=lens_page.grids(numbers["lens"]) if has_lens else [],
         labels=numbers["lens"]["labels"] if has_lens else [],
         patches=[_patch(grid) for grid in numbers["patches"] if grid["recovered"] is not None],
-        metrics=[(grid["site"], grid["into"], grid["source"]) for grid in numbers["patches"]],
+        metrics=[(grid["metric"], grid["into"], grid["source"]) for grid in numbers["patches"][:1]],
         heads=_heads(numbers),
         movers=_movers(numbers),
         weights=_weights(numbers),

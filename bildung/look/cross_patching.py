@@ -54,6 +54,13 @@ class Question:
     answers: tuple[int, ...] = ()
     wrong: tuple[int, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The metric in words."""
+        if self.metric == "logit_difference":
+            return "logit difference after the last token"
+        return "KL(B‖run) " + ("after the last token" if self.over == "last" else "over all positions")
+
     def check(self) -> None:
         """Raises SettingsError for a logit difference without answers on both sides."""
         if self.metric == "logit_difference" and not (self.answers and self.wrong):
@@ -66,6 +73,7 @@ class CrossGrid:
 
     site: str
     across: Across
+    question: Question
     columns: list[str]
     values: Tensor
     into: float
@@ -116,7 +124,7 @@ def cross_patching(
     run = _Run(into, source, question, names, rows)
     nothing = run.values(names[0], _where(shape, run.seen[names[0]], across, [range(0)] * rows))
     values = torch.tensor([run.row(name, shape, across, places) for name in names])
-    return CrossGrid(site, across, titles, values, nothing[0], run.of_source)
+    return CrossGrid(site, across, question, titles, values, nothing[0], run.of_source)
 
 
 def check_like(a: CausalLM, b: CausalLM, names: Sequence[str]) -> None:

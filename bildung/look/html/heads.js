@@ -8,9 +8,10 @@ const best = (name) => [...Array(N * H).keys()].reduce((x, y) => (value(name, y)
 const state = { score: names[0], head: best(names[0]) };
 
 const grid = new HeatMap(by("grid"), {
-  rows: N, columns: H, least: 14, most: 44,
+  rows: N, columns: H, least: 14, most: 44, highest: 22,
   rowName: (n) => n, columnName: (h) => h,
   colour: (n, h) => scores[state.score][n][h],
+  text: (n, h) => (Math.abs(scores[state.score][n][h]) >= 0.005 ? scores[state.score][n][h].toFixed(2).replace("0.", ".") : ""),
   words: (n, h) => ["layer " + n + ", head " + h, ...names.map((name) => name + " " + scores[name][n][h].toFixed(3))].join("\n"),
   moved: (n, h) => choose({ head: n * H + h }),
 });

@@ -104,7 +104,12 @@ def read_labelled(
         return str(texts[0]), str(texts[1]) if second is not None else None, read_label(row.get(label), label)
 
     found = rows(source).then(usable, limit)
-    read = list(found)
+    try:
+        read = list(found)
+    except DataError as error:
+        if not found.dropped:
+            raise
+        raise DataError(f"{error}. {_what_there_is(source, text, second, label)}") from None
     texts = [(first, other) for first, other, _ in read]
     notes = [f"{source}: {report}"] if (report := found.report()) else []
     if problem == "regression":
@@ -126,8 +131,21 @@ def read_labelled(
         sets = [{numbers[str(one)] for one in its} for its in held]
         return Labelled(texts, [tuple(float(c in its) for c in range(len(names))) for its in sets], names, notes)
     if len(names) < 2:
-        raise DataError(f"{source}: the only class is {names[0]!r}; at least two are needed.")
+        left_out = f" {report}." if report else ""
+        raise DataError(f"{source}: the only class is {names[0]!r}; at least two are needed.{left_out}")
     return Labelled(texts, [numbers[str(its)] for (its,) in held], names, notes)
+
+
+def _what_there_is(source: str, text: str, second: str | None, label: str) -> str:
+    """What to do where no row could be used, seen from the first."""
+    row = next(iter(rows(source)))
+    if absent := [name for name in (text, second, label) if name is not None and name not in row]:
+        near = " ".join(filter(None, (nearest(name, list(row)) for name in absent)))
+        return f"The columns of the first row are: {', '.join(row)}. {near} Name yours with text, second and label."
+    return (
+        f"The first row has {label} = {row[label]!r}. problem = single_label needs a name or a whole number there, "
+        f"multi_label a list of them, regression a number."
+    )
 
 
 def check_same_classes(data: str, test: str, final: Labelled, limit: int | None) -> list[str]:

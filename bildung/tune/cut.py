@@ -43,6 +43,7 @@ def cut(source: Path, out: Path, settings: Settings, *, force: bool = False) -> 
         job.measured |= {"rank_before": kept, "rank_after": settings.rank}
         if alpha is None:
             job.notes.append("this adapter was not trained by DyLoRA: its ranks are in no order, the first are any")
+            print(job.notes[-1])
         write_model(lm, job.out)
 
     base = base_of(source)

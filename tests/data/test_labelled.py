@@ -55,3 +55,15 @@ def test_batches(tmp_path: Path) -> None:
     assert batch.tokens_BL[0, 3] == tokenizer.id_of("[SEP]") and batch.labels_B.tolist() == [0, 1]
     assert [one.num_targets for one in text_batches(items, 3, 0)] == [3, 1]
     assert batch.to("cpu").types_BL.sum() == 0
+
+
+def test_messages_say_what_the_rows_have(tmp_path: Path) -> None:
+    """A misspelt column is answered with the columns there are, a label of another kind with the problem it is for, and
+    rows left out are named where too few classes remain."""
+    named = file(tmp_path, [{"text": "a", "label": 1}, {"text": "b", "label": 0}])
+    with pytest.raises(DataError, match=r"columns of the first row are: text, label. did you mean 'label'"):
+        read_labelled(named, label="lable")
+    with pytest.raises(DataError, match="multi_label a list"):
+        read_labelled(file(tmp_path, [{"text": "a", "label": ["x", "y"]}]))
+    with pytest.raises(DataError, match=r"at least two are needed. 1 row not used: 1 no class in 'label'"):
+        read_labelled(file(tmp_path, [{"text": "a", "label": 1}, {"text": "b", "label": 2.5}]))

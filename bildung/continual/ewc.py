@@ -52,7 +52,7 @@ class EwcSettings:
     pilot: int = 20  # so many plain steps, which are taken back
     fisher: Fisher = "true"  # outcomes drawn from the model, those of the data (empirical), or all of them (exact)
     examples: int = 200  # of a task, on which its Fisher information is measured
-    online: bool = True  # one spring for all earlier tasks; False: one for each
+    online: bool = True  # one spring for all earlier tasks; --ewc.no-online: one for each
     gamma: float = 1.0  # online: what is left of the earlier tasks' Fisher information at each new one
 
     def __post_init__(self) -> None:

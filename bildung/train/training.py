@@ -70,7 +70,7 @@ class Training:
     spike: float | None = None  # skip steps whose gradient is so many times as large as the median of the last 50
     checkpoint_every: int = 10  # steps between checkpoints; a killed run goes on from the last
     keep_last: int = 1  # newest checkpoints to keep until the run is done; the one with the lowest held-out loss stays
-    async_checkpoints: bool = True  # a thread writes a copy of the state while training goes on
+    async_checkpoints: bool = True  # a thread writes a copy of the state; --no-async-checkpoints: training waits
     tensorboard: Path | None = None  # folder for TensorBoard's event files
     wandb: str | None = None  # project at Weights & Biases that gets the log
     mlflow: str | None = None  # MLflow experiment that gets the log

@@ -47,7 +47,7 @@ class Tuning(Forgetting):
     limit: int | None = None  # use only the first so many conversations
     held_out: int = 0  # conversations kept out of training, to measure the loss on
     max_length: int = 512  # tokens per row; longer conversations are cut
-    pack: bool = True  # several conversations per row, each seeing only itself; False: one per row, padded
+    pack: bool = True  # several conversations per row, each seeing only itself; --no-pack: one a row, padded
     card: CardSettings | None = None  # measure these tasks before and after
 
 

@@ -35,7 +35,7 @@ class Settings(Tuning):
 
     dimensions: tuple[int, ...] = (300, 1000, 3000, 10000)  # to try, from the smallest on
     share: float = 0.9  # of what full tuning gains
-    scaled: bool = True  # SAID; False: DID
+    scaled: bool = True  # SAID; --no-scaled: DID
     target: str | tuple[str, ...] = "all"  # matrices that the few numbers move
     held_out: int = 64  # conversations kept out of training, to measure the loss on
     learning_rate: float = 1e-2  # of the few numbers

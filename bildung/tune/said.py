@@ -38,7 +38,7 @@ class Settings(Tuning):
     """Tuning in a random subspace."""
 
     dimension: int = 1000  # numbers that train, in all
-    scaled: bool = True  # one number per matrix scales its share (SAID); False: none (DID)
+    scaled: bool = True  # one number per matrix scales its share (SAID); --no-scaled: none (DID)
     target: str | tuple[str, ...] = "all"  # which matrices: all, names such as q_proj, or patterns such as *.layers.3.*
     learning_rate: float = 1e-2  # at the top of the schedule
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from bildung.core import ranks
 from bildung.core.errors import AdapterError, SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
@@ -43,7 +44,8 @@ def cut(source: Path, out: Path, settings: Settings, *, force: bool = False) -> 
         job.measured |= {"rank_before": kept, "rank_after": settings.rank}
         if alpha is None:
             job.notes.append("this adapter was not trained by DyLoRA: its ranks are in no order, the first are any")
-            print(job.notes[-1])
+            if ranks.rank() == 0:
+                print(job.notes[-1])
         write_model(lm, job.out)
 
     base = base_of(source)

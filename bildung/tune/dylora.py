@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from bildung.core import ranks
 from bildung.core.errors import AdapterError, SettingsError
 from bildung.core.operation import Job
 from bildung.core.record import Record
@@ -86,7 +87,8 @@ def dylora(source: Path, out: Path, settings: Settings, *, force: bool = False) 
         losses = loss_by_rank(lm.model, data, settings.rank)
         job.measured["held_out_loss_by_rank"] = losses
         job.notes.append(f"held-out loss by rank: {', '.join(f'{b}: {loss:.4f}' for b, loss in losses.items())}")
-        print(job.notes[-1])
+        if ranks.rank() == 0:
+            print(job.notes[-1])
         (job.out / CURVE).write_text(json.dumps(losses, indent=2) + "\n", encoding="utf-8")
         draw(losses, settings.least_rank, job.out / PLOT)
         write_model(lm, job.out)

@@ -91,8 +91,9 @@ def run(argv: list[str]) -> None:
         if (index := f"{argv[0]} index") in known and " ".join(words[:2]) not in known and _is_place(words[1]):
             return run_verb(known[index], argv[1:])  # `bildung look MODEL` is `bildung look index MODEL`
         return run_verb(find(" ".join(words[:2]), known), argv[2:])
-    names = [*known, *folders]
-    hint = nearest(" ".join(argv[:2]), names) or nearest(argv[0], names) or "bildung --help lists what there is"
+    names, words = [*known, *folders], [name for name in known if " " not in name]
+    hint = nearest(argv[0], words) or nearest(" ".join(argv[:2]), names) or nearest(argv[0], names)
+    hint = hint or "bildung --help lists what there is"
     raise SettingsError(f"bildung cannot {argv[0]!r}; {hint}")
 
 

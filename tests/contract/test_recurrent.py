@@ -35,7 +35,7 @@ from tests.conftest import tiny_tokenizer
 CARD = CardSettings(tasks=("capitals", "prose"), limit=3, sample_prompts=("Who?",), sample_tokens=4, context=64)
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("cell", ["lstm", *(pytest.param(cell, marks=pytest.mark.slow) for cell in ("rnn", "gru"))])
 def test_a_life(cell: str, tmp_path: Path) -> None:
     keys = {"model_type": "rnn", "cell": cell, "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2}
     config = from_dict({**keys, "bos_token_id": 0, "eos_token_id": 2, "initializer_range": 0.5})

@@ -18,8 +18,6 @@ from bildung.model.linear import replace_stores
 from bildung.model.quantized import Int8, Nf4
 from bildung.model.store import LanguageModel
 from bildung.tune.adapter import Settings, adapter, add_adapter
-from bildung.tune.prompt import Settings as PromptSettings
-from bildung.tune.prompt import prompt
 from tests.conftest import tiny_tokenizer
 from tests.model.test_linear import with_lora
 
@@ -139,8 +137,6 @@ def test_an_encoder_decoder_is_tuned_on_sources_and_targets(tmp_path):
     assert record.measured["loss_last"] < record.measured["loss_first"] - 0.1
     again = bildung.load(tmp_path / "out")
     assert len(again.model.attached) == 4 and not torch.equal(again.model(ROW, ROW), lm.model(ROW, ROW))
-    with pytest.raises(AdapterError, match="t5 of kind 'encoder-decoder'"):
-        prompt(source, tmp_path / "prompt", PromptSettings(**settings, length=3))
 
 
 @pytest.mark.parametrize("store", [Int8, Nf4])

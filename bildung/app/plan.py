@@ -53,6 +53,8 @@ def command(settings: Command) -> None:
     from bildung.app import plan_using
     from bildung.train.memory import room_of
 
+    if wrong := [count for count in settings.ranks if count < 1]:
+        raise SettingsError(f"ranks = {wrong[0]}: a number of devices is at least 1.")
     source, console = settings.source.expanduser(), Console(highlight=False)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if settings.memory is None and device == "cuda" and not torch.cuda.is_available():

@@ -103,7 +103,9 @@ def model_of(operation: str, source: Path, given: Any) -> Any:
     elif (source / "adapter_config.json").exists() or source.suffix in (".gguf", ".onnx"):
         config = None
     else:
-        raise SettingsError(f"{source} holds no model; give model={{...}}, the keys of the config.json of a new one.")
+        new = " (--given 'model={...}', the keys of its config.json, for a new one)" if hasattr(given, "model") else ""
+        what = "holds no model" if source.exists() else "is not there"
+        raise SettingsError(f"{source} {what}; give the directory of one{new}.")
     frozen = getattr(torch, FROZEN[given.precision])
     add = addition(operation, given)
     if config is None or "quantization_config" in config.raw:

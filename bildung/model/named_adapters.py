@@ -42,8 +42,10 @@ def add_adapter(lm: LanguageModel, directory: str | Path, name: str) -> None:
     """
     directory = Path(directory).expanduser()
     taken = adapter_names(lm.model)
-    if name in taken or not name or "." in name:
-        raise AdapterError(f"an adapter cannot be named {name!r}; give a word without a dot, other than {taken}.")
+    if name in taken:
+        raise AdapterError(f"there is an adapter called {name!r} already; the names taken are {', '.join(taken)}.")
+    if not name or "." in name:
+        raise AdapterError(f"an adapter cannot be named {name!r}; give a word without a dot.")
     if not (directory / adapter_file.CONFIG).exists():
         raise AdapterError(f"{directory} is no adapter directory (no {adapter_file.CONFIG}).")
     settings = adapter_file.read_config(directory)

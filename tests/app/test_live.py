@@ -68,19 +68,25 @@ def test_the_second_run_imports_no_operation(recipe, shell):
 @pytest.mark.parametrize(
     "change, ran, why",
     [
-        (lambda: Path("notes.txt").write_text("others"), ["base"], {"base": "check: notes.txt changed"}),
+        pytest.param(
+            lambda: Path("notes.txt").write_text("others"),
+            ["base"],
+            {"base": "check: notes.txt changed"},
+            marks=pytest.mark.slow,
+        ),
         (
             lambda: Path("toy.yaml").write_text(RECIPE.replace("LINES", "4")),
             ["tall", "twin", "page"],
             {"tall": "changed: with.lines 3 -> 4", "twin": "run if the result of tall is another"},
         ),
         (lambda: Path("life/tall/model.txt").unlink(), ["tall"], {"tall": "run: model.txt is missing"}),
-        (lambda: shutil.rmtree("life/tall"), ["tall"], {"tall": "run: new"}),
+        pytest.param(lambda: shutil.rmtree("life/tall"), ["tall"], {"tall": "run: new"}, marks=pytest.mark.slow),
         (lambda: Path("life/.life.json").write_text("{"), [], {"base": "check: it was not made by this recipe"}),
-        (
+        pytest.param(
             lambda: Path("toy.yaml").write_text(RECIPE.replace("LINES", "3").replace("toy==1", "toy==2")),
             ["base", "tall", "twin", "page"],
             {"base": "changed: from pypi:toy==1 -> pypi:toy==2"},
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -109,6 +115,7 @@ def test_other_code_means_asking_the_operations_not_running_them(recipe, monkeyp
     assert set(plan(read_recipe(recipe)).values()) == {"up to date"}
 
 
+@pytest.mark.slow
 def test_a_default_that_changed_in_the_code_is_noticed(recipe, toys, monkeypatch):
     lived(recipe)
     source = toys / "toy" / "grow.py"
@@ -118,6 +125,7 @@ def test_a_default_that_changed_in_the_code_is_noticed(recipe, toys, monkeypatch
     assert lived(recipe) == ["base", "tall", "twin", "page"]
 
 
+@pytest.mark.slow
 def test_force(recipe):
     lived(recipe)
     assert lived(recipe, "tall") == ["tall"]
@@ -205,6 +213,7 @@ def test_the_memory_holds_nothing_but_hashes_and_words(recipe):
     assert noted["asked"]["with"] == {"teacher": "life/tall"} and set(noted["needs"]) == {"base", "tall"}
 
 
+@pytest.mark.slow
 def test_a_moved_recipe_directory_is_not_fooled(recipe):
     lived(recipe)
     Path("toy.yaml").write_text(Path("toy.yaml").read_text().replace("out: life", "out: lief"))
@@ -213,6 +222,7 @@ def test_a_moved_recipe_directory_is_not_fooled(recipe):
     assert set(plan(read_recipe(recipe)).values()) == {"run: new"}
 
 
+@pytest.mark.slow
 def test_what_was_made_by_hand_in_between_is_noticed(recipe):
     lived(recipe)
     run(["toy", "grow", "life/base", "life/tall", "--lines", "9", "--force"])

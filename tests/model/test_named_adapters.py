@@ -122,8 +122,8 @@ def test_bad_requests(lm: LanguageModel, places: dict[str, Path], tmp_path: Path
         bildung.use_adapters(lm.model, "c")
     with pytest.raises(AdapterError, match="no adapter is called 'x'"), bildung.adapters_by_row(lm.model, ["x"]):
         pass
-    for name in ("a", "", "x.y"):
-        with pytest.raises(AdapterError, match="cannot be named"):
+    for name, said in (("a", "called 'a' already"), ("", "cannot be named"), ("x.y", "cannot be named")):
+        with pytest.raises(AdapterError, match=said):
             bildung.add_adapter(lm, places["b"], name)
     with pytest.raises(AdapterError, match="no adapter directory"):
         bildung.add_adapter(lm, places["base"], "c")

@@ -200,7 +200,7 @@ def test_bad_words(tiny_lm: Any) -> None:
         settings_of("tune lora", {"rnak": 3})
     with pytest.raises(SettingsError, match="name=value"):
         words(("rank",))
-    with pytest.raises(SettingsError, match="nowhere is not there; give the directory of one."):
+    with pytest.raises(SettingsError, match="nowhere is not there; give the directory of one"):
         subject("tune lora", Path("nowhere"), settings_of("tune lora", {}))
     with pytest.raises(SettingsError, match="ranks = 0"):
         run(["plan", "tune lora", str(tiny_lm.path), "--ranks", "0"])

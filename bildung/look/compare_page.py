@@ -95,9 +95,9 @@ def summary(numbers: Mapping[str, Any]) -> dict[str, Any]:
         facts["most changed"] = f"{top['name']}: {100 * top['relative']:.3g} % of its norm"
         facts["effective rank of a change, median"] = middle
     if (heads := numbers.get("heads")) is not None:
-        for name in ("moved", "written"):
+        for name, said in (("moved", "looks"), ("written", "writes")):
             value, layer, head = _highest(heads[name])
-            facts[f"head that {name} most"] = f"{layer}.{head}: {value:.3g}"
+            facts[f"head that {said} most differently"] = f"{layer}.{head}: {value:.3g}"
     if (alike := numbers.get("similarity")) is not None and alike["rows"] == alike["columns"]:
         least, name = min((row[n], alike["rows"][n]) for n, row in enumerate(alike["debiased"]))
         facts["least alike layer, CKA"] = f"{name}: {least:.4f}"

@@ -189,8 +189,10 @@ class _Run:
             gradients = torch.autograd.grad(total, [seen[name] for name in self.names], allow_unused=True)
         changes = {}
         for name, gradient in zip(self.names, gradients, strict=True):
-            there = self.source[name]
-            changes[name] = torch.zeros_like(there) if gradient is None else gradient * (there - seen[name].detach())
+            there, here = self.source[name], seen[name].detach()
+            # Masked scores are -inf in both runs, and nothing changes there.
+            changed = torch.where(there == here, 0.0, there - here)
+            changes[name] = torch.zeros_like(there) if gradient is None else gradient * changed
         return changes
 
 

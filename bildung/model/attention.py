@@ -169,6 +169,12 @@ class Attention(nn.Module):
             changed_BLND = self.taps(self.result_site, result_BLND)
             if changed_BLND is not result_BLND:
                 out_BLD = out_BLD + (changed_BLND - result_BLND).sum(dim=2)
+            if changed_BLND.requires_grad and not (self.training and self.o_proj.deltas):
+                # The same numbers; their gradient comes by way of the heads, so that it is known there. (While deltas
+                # train it is not: their dropout is in the matrix's own output alone.)
+                bias_D = self.o_proj.effective(z_BLNH.dtype)[1]
+                total_BLD = changed_BLND.sum(dim=2) + (0 if bias_D is None else bias_D)
+                out_BLD = out_BLD.detach() + (total_BLD - total_BLD.detach())
         return self.taps(self.out_site, out_BLD)
 
     def results(self, z_BLNH: Tensor) -> Tensor:

@@ -150,6 +150,16 @@ def test_attribution_is_patching_in_a_linear_model():
         assert (exact_cut == pytest.approx(score, abs=1e-4)) == linear
 
 
+def test_attribution_knows_what_heads_write_and_scores_that_are_masked():
+    model, pairs = kind("llama, grouped"), random_pairs()
+    z, result, scores = (
+        patching_grid(model, pairs, site=site, across="head", attribution=True).values
+        for site in ("attn.z", "attn.result", "attn.scores")
+    )
+    assert torch.allclose(z, result, atol=1e-5)  # what a head writes is a matrix times its z
+    assert z[1].std() > 0.01 and scores.isfinite().all()  # -inf in both runs: no change
+
+
 def test_path_patching_hop_by_hop_and_through_mlps():
     model, pairs = kind("llama, grouped"), random_pairs()
     experiment = EdgeExperiment(model, pairs)

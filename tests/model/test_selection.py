@@ -193,6 +193,22 @@ def test_an_identity_changes_no_bit_of_compiled_layers(backend: str) -> None:
         torch.testing.assert_close(model(tokens()), changed, atol=1e-5, rtol=1e-5)
 
 
+def test_every_site_has_a_gradient_and_looking_changes_no_other() -> None:
+    model = with_lora(tiny_decoder(attention_bias=True)).eval()
+    every = [site for site in sites(model) if ".scores" not in site and ".probs" not in site]  # their path rounds anew
+    found = []
+    for looked_at in (["embed"], every):
+        model.zero_grad()
+        with observe(model, looked_at, gradients=True) as seen:
+            model(tokens())[:, -1].square().sum().backward()
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert set(seen.gradients) == set(every) and all(gradient.any() for gradient in seen.gradients.values())
+    for before, after in zip(*found, strict=True):
+        torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-4)
+    gradient = seen.gradients["layers.1.attn.result"]  # a sum passes its gradient on to all its parts
+    assert torch.equal(gradient, seen.gradients["layers.1.attn.out"][:, :, None].expand_as(gradient))
+
+
 @pytest.mark.parametrize(
     ("chosen", "says"),
     [

@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--limit", type=int, default=None, help="conversations")
     parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=4, help="rows a micro-step, of 16 a step")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as place:
         compare(given, Path(place))
@@ -50,27 +51,31 @@ def compare(given: argparse.Namespace, place: Path) -> None:
     quantized = [name for name, one in linears(place / "nf4").items() if not isinstance(one.base, Dense)]
     dense = matrix_bytes(given.model, quantized)
     packed = matrix_bytes(place / "nf4", quantized)
-    found: dict[str, list[float]] = {"lora": [], "qlora": []}
+    found: dict[str, list[float]] = {"lora": [], "qlora": [], "qlora from the error": []}
     for seed in range(given.seeds):
         settings: dict[str, Any] = dict(
             data=given.data, steps=given.steps, held_out=given.held_out, evaluate_every=given.steps, seed=seed,
-            rank=given.rank, limit=given.limit, max_length=given.max_length,
+            rank=given.rank, limit=given.limit, max_length=given.max_length, batch_size=given.batch_size,
+            micro_steps=16 // given.batch_size,
         )  # fmt: skip
         published = QLora(**settings)
+        reconstructed = QLora(**settings, reconstruct=given.model)
         same = resolve(Lora, as_dict(published))
         for name, record in (
             ("lora", lora(given.model, place / f"lora{seed}", same)),
             ("qlora", qlora(place / "nf4", place / f"qlora{seed}", published)),
+            ("qlora from the error", qlora(place / "nf4", place / f"qera{seed}", reconstructed)),
         ):
             found[name].append(record.measured["held_out_loss_last"])
             print(
-                f"seed {seed}  {name:6} held-out loss {record.measured['held_out_loss_first']:.4f} -> "
+                f"seed {seed}  {name:20} held-out loss {record.measured['held_out_loss_first']:.4f} -> "
                 f"{record.measured['held_out_loss_last']:.4f}   peak {record.peak_bytes / 1e6:.0f} MB",
                 flush=True,
             )
-    ratios = [ours / theirs for ours, theirs in zip(found["qlora"], found["lora"], strict=True)]
-    spread = statistics.stdev(ratios) if len(ratios) > 1 else float("nan")
-    print(f"QLoRA / LoRA held-out loss: {statistics.mean(ratios):.4f} (standard deviation {spread:.4f})")
+    for name in list(found)[1:]:
+        ratios = [ours / theirs for ours, theirs in zip(found[name], found["lora"], strict=True)]
+        spread = statistics.stdev(ratios) if len(ratios) > 1 else float("nan")
+        print(f"{name} / lora held-out loss: {statistics.mean(ratios):.4f} (standard deviation {spread:.4f})")
     print(
         f"matrices of the base: {dense / 1e6:.1f} MB -> {packed / 1e6:.1f} MB, {packed / dense:.3f} of it; "
         f"{8 * packed / sum(elements(given.model, quantized)):.3f} bits per weight"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,8 +71,12 @@ def tune(
     given: Tuning,
     work: Callable[[Job], None],
     force: bool,
+    companions: Mapping[str, Path] | None = None,
 ) -> Record:
-    """`perform` with the cards around `work`, which trains and writes into job.out."""
+    """`perform` with the cards around `work`, which trains and writes into job.out.
+
+    companions: {name: directory} of models that take part, besides the base of an adapter.
+    """
     source = Path(source)
     check_ranges(given)
     if given.evaluate_every and not given.held_out:
@@ -86,9 +90,8 @@ def tune(
         if given.card is not None and ranks.rank() == 0:
             card.after(job, load(job.out), given.card)  # what is on the disk is what is measured
 
-    return perform(
-        operation, source, out, given, whole, data=sources_of(given), companions=base_of(source), force=force
-    )
+    others = {**base_of(source), **(companions or {})}
+    return perform(operation, source, out, given, whole, data=sources_of(given), companions=others, force=force)
 
 
 def sources_of(given: Tuning) -> dict[str, str]:

@@ -11,6 +11,7 @@ small model. Times mean nothing here: both run one after the other, once.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 from pathlib import Path
@@ -60,7 +61,8 @@ def compare(given: argparse.Namespace, place: Path) -> None:
         )  # fmt: skip
         published = QLora(**settings)
         reconstructed = QLora(**settings, reconstruct=given.model)
-        same = resolve(Lora, as_dict(published))
+        own = {field.name for field in dataclasses.fields(Lora)}
+        same = resolve(Lora, {name: value for name, value in as_dict(published).items() if name in own})
         for name, record in (
             ("lora", lora(given.model, place / f"lora{seed}", same)),
             ("qlora", qlora(place / "nf4", place / f"qlora{seed}", published)),

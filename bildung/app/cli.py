@@ -121,16 +121,20 @@ def run_verb(verb: Verb, argv: list[str]) -> None:
 
 def parse(cls: type, verb: Verb, argv: list[str]) -> Any:
     """An instance of the dataclass `cls` from flags. Raises SettingsError on unknown flags; tyro explains the rest."""
+    flags = _flags(cls)
     parsed: tuple[Any, list[str]] = tyro.cli(
         cls,
         prog=f"bildung {verb.name}",
         description=verb.summary,
-        args=argv,
+        args=_with_none(argv, flags),
         return_unknown_args=True,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.AvoidSubcommands),
     )
     if unknown := parsed[1]:
-        hint = nearest(unknown[0].partition("=")[0], _flags(cls)) or f"bildung {verb.name} --help lists what there is"
+        given = unknown[0].partition("=")[0].replace("_", "-")
+        off = f"{given.rpartition('.')[0]}.no-{given.rpartition('.')[2]}" if "." in given else f"--no-{given[2:]}"
+        hint = nearest(given, flags) or f"bildung {verb.name} --help lists what there is"
+        hint = f"that is on, unless {off} turns it off" if off in flags else hint
         raise SettingsError(f"bildung {verb.name}: unknown {unknown[0]!r}; {hint}")
     return parsed[0]
 
@@ -213,18 +217,35 @@ def _card_settings(settings: type) -> Any:
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
-def _flags(cls: Any, prefix: str = "--") -> list[str]:
-    """The flags tyro makes of a dataclass; the fields of `settings` stand without prefix, a card's behind "card."."""
-    flags = []
+def _flags(cls: Any, prefix: str = "--") -> dict[str, Any]:
+    """The flags tyro makes of a dataclass, with their types; the fields of `settings` stand without prefix, a card's
+    behind "card.". What is on by default has a flag that turns it off."""
+    flags: dict[str, Any] = {}
+    kinds = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        inner = getattr(field.type, "__origin__", field.type)
-        if dataclasses.is_dataclass(inner):
-            flags += _flags(
-                inner, prefix if field.name == "settings" else f"{prefix}{field.name.removesuffix('_settings')}."
-            )
+        kind, name = kinds[field.name], field.name.replace("_", "-")
+        if dataclasses.is_dataclass(kind):
+            inner = prefix if field.name == "settings" else f"{prefix}{name.removesuffix('-settings')}."
+            flags |= _flags(kind, inner)
         else:
-            flags.append(prefix + field.name.replace("_", "-"))
-    return list(dict.fromkeys(flags))
+            flags[prefix + ("no-" if kind is bool and field.default is True else "") + name] = kind
+    return flags
+
+
+def _with_none(argv: list[str], flags: dict[str, Any]) -> list[str]:
+    """tyro knows None of a setting that may be absent as "None" alone; here "none" is as good, unless it is a word that
+    the setting knows itself."""
+
+    def written(flag: str, value: str) -> str:
+        choices = typing.get_args(flags.get(flag.replace("_", "-")))
+        words = [word for choice in choices for word in typing.get_args(choice)]
+        return "None" if value == "none" and type(None) in choices and "none" not in words else value
+
+    found = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        flag, equals, value = word.partition("=")
+        found.append(f"{flag}={written(flag, value)}" if equals else written(before, word))
+    return found
 
 
 def _record_or_none(out: Path) -> Record | None:

@@ -89,6 +89,56 @@ def test_a_card_is_a_flag_and_its_settings_are_flags(bildung, toys, tmp_path):
     assert "card-settings" not in out and "--card.tasks" in out and "what is measured" in out
 
 
+SWITCHES = """
+from __future__ import annotations
+from pathlib import Path
+from typing import Literal
+from bildung.core.operation import perform
+from bildung.core.settings import settings
+
+@settings
+class Inner:
+    deep: bool = True  # or not
+    most: float | None = 3.0  # at most
+
+@settings
+class Settings:
+    clip: float | None = 1.0  # norm
+    pack: bool = True  # or not
+    method: Literal["none", "all"] = "all"  # what
+    kept: Literal["none", "all"] | None = None  # what
+    inner: Inner = Inner()
+
+def switch(source: Path, out: Path, settings: Settings, *, force: bool = False):
+    return perform("toy switch", None, out, settings, lambda job: None, force=force)
+"""
+
+
+def test_none_is_none_and_what_is_on_has_the_flag_that_turns_it_off(bildung, toys, tmp_path):
+    (toys / "toy" / "switch.py").write_text(f'"""Switches."""\n{SWITCHES}')
+    on = {"clip": 1.0, "pack": True, "method": "all", "kept": None, "inner": {"deep": True, "most": 3.0}}
+    for number, (flags, changed) in enumerate(
+        {
+            "--clip None": {"clip": None},
+            "--clip none --method none": {"clip": None, "method": "none"},
+            "--clip=none --inner.most none": {"clip": None, "inner": {"deep": True, "most": None}},
+            "--kept none --no-pack": {"kept": "none", "pack": False},
+            "--inner.no-deep": {"inner": {"deep": False, "most": 3.0}},
+        }.items()
+    ):
+        code, _, err = bildung(f"toy switch x {number} {flags}")
+        assert code == 0, err
+        assert read_record(tmp_path / "work" / str(number)).settings == on | changed
+    for flag, words in {
+        "--pack": "unknown '--pack'; that is on, unless --no-pack turns it off",
+        "--inner.deep": "that is on, unless --inner.no-deep turns it off",
+        "--no-pakc": "did you mean '--no-pack'",
+        "--iner.most 1": "did you mean '--inner.most'",
+    }.items():
+        code, _, err = bildung(f"toy switch x y {flag}")
+        assert code == 2 and words in err
+
+
 def test_an_operation_gets_its_settings_from_flags(bildung, tmp_path):
     code, out, _ = bildung("toy grow pypi:x base --lines 3 --word oak")
     assert code == 0 and "base made in" in out

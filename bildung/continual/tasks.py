@@ -76,11 +76,9 @@ class LabelledTexts:
                 self.classes[one] = len(self.classes)
                 self.groups.append(self._tasks if self.own_heads else 0)
         self._tasks += 1
-        rows = _as_rows(data, names)
         if final is None:
-            rows, aside = set_aside(rows, held_out, seed)
-            return Task(name, rows, aside, data.notes)
-        return Task(name, rows, _as_rows(final, names), [*data.notes, *final.notes])
+            data, final = data.set_aside(held_out, seed)
+        return Task(name, _as_rows(data, names), _as_rows(final, names), list(dict.fromkeys(data.notes + final.notes)))
 
     def encode(self, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[Any]:
         """Items to make batches of: framed tokens and the row of the head that is right."""

@@ -10,6 +10,8 @@ regression     "label": 3.5                  a number                    -> itse
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,6 +45,31 @@ class Labelled:
         """These of the texts."""
         texts, labels = [self.texts[place] for place in places], [self.labels[place] for place in places]
         return Labelled(texts, labels, self.classes, self.notes)
+
+    def set_aside(self, count: int, seed: int) -> tuple[Labelled, Labelled]:
+        """(those to train on, `count` to measure on), chosen by seed.
+
+        Of single classes as large a share of each is held out as of all (Sainte-Laguë's rule for the rounding), and the
+        last text of a class stays in training while another can go. Raises DataError when nothing would be left.
+        """
+        if not 0 <= count < len(self):
+            raise DataError(
+                f"held_out = {count} of {len(self)} usable rows; at least one must stay to train on. Hold out fewer."
+            )
+        generator = random.Random(f"held out {seed}")
+        order = generator.sample(range(len(self)), len(self))
+        if isinstance(self.labels[0], int):
+            sizes, seen, turn = Counter(self.labels), Counter[int](), dict[int, float]()
+            for place in order:
+                label = self.labels[place]
+                seen[label] += 1
+                turn[place] = (seen[label] - 0.5) / sizes[label] + (seen[label] == sizes[label])
+            order.sort(key=turn.__getitem__)
+        chosen = set(order[:count])
+        kept, aside = self.take([place for place in range(len(self)) if place not in chosen]), self.take(sorted(chosen))
+        if count and isinstance(self.labels[0], int) and (missing := aside.absent()):
+            self.notes.append(f"of the {count} texts held out none has {_some(missing)}: too rare for a share of it")
+        return kept, aside
 
     def absent(self) -> list[str]:
         """The classes that none of these texts has."""
@@ -115,14 +142,19 @@ def read_labelled(
     if problem == "regression":
         return Labelled(texts, [its for *_, its in read], (label,), notes)
     held = [its if isinstance(its, tuple) else (its,) for *_, its in read]
-    occurring = {one for its in held for one in its}
+    counts = Counter(one for its in held for one in its)
+    occurring = set(counts)
+    for both in (one for one in occurring if isinstance(one, int) and str(one) in occurring):
+        raise DataError(
+            f'{source}: in {label!r} stands {both} as a number ({counts[both]} times) and as text, "{both}" '
+            f"({counts[str(both)]} times). Are they one class? Write it in one way."
+        )
     ordered = sorted(occurring, key=lambda its: (isinstance(its, str), its if isinstance(its, int) else 0, str(its)))
     names = tuple(classes) if classes is not None else tuple(dict.fromkeys(map(str, ordered)))
     if unknown := [str(its) for its in ordered if str(its) not in names]:
-        some = ", ".join(map(repr, unknown[:10])) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
         raise DataError(
-            f"{source}: the class{'es' if len(unknown) > 1 else ''} {some} {'are' if len(unknown) > 1 else 'is'} none "
-            f"of the {len(names)} known: {', '.join(names[:10])}. {nearest(unknown[0], names)}".rstrip()
+            f"{source}: the class{'es' if len(unknown) > 1 else ''} {_some(unknown)} "
+            f"{'are' if len(unknown) > 1 else 'is'} none of the {len(names)} known: {', '.join(names[:10])}. {nearest(unknown[0], names)}".rstrip()
         )
     numbers = {name: number for number, name in enumerate(names)}
     if problem == "multi_label":
@@ -154,13 +186,17 @@ def check_same_classes(data: str, test: str, final: Labelled, limit: int | None)
     """
     if not (absent := final.absent()):
         return []
-    names = ", ".join(map(repr, absent[:10])) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
+    names = _some(absent)
     if limit is None:
         raise DataError(
             f"the classes differ: {data} has {names}, which no text of {test} has; measure on texts of all classes, or "
             f"keep some of {data} out of training with held_out."
         )
     return [f"of the first {limit} texts of {test} none has {names}"]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _one_class(value: Any, label: str) -> str | int:

@@ -5,13 +5,15 @@
 
 peft trains the head with the virtual tokens and, BERT's pooler aside, keeps it beside them, because the base usually
 has none. Here the pooler is kept too. peft wants the base opened as a classifier with as many labels before the adapter
-is put on it; here the file's head says how many there are, and a base without one (a masked language model) gets it.
+is put on it; here the file's head says how many there are, and a base without one (a masked language model, a decoder)
+gets it. Of padded rows behind a decoder's prompt peft reads the last column (see decoder_classifier.py).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +23,31 @@ from torch import Tensor
 from bildung.core.errors import AdapterError
 from bildung.model import names
 from bildung.model.config import ModelConfig, from_dict
+from bildung.model.decoder_classifier import DecoderClassifier
 from bildung.model.encoder import Encoder
+from bildung.model.transformer import Decoder
 from bildung.model.virtual import virtual_of
 
 FILE, PREFIX = "head.json", "base_model."
-HEADS = ("classifier.", "pooler.")
+HEADS = ("classifier.", "pooler.", "score.")
+OUTER = ("classifier.out_proj.weight", "score.weight")  # the matrix that has a row for each class
 
 
 def headed(config: ModelConfig, classes: Mapping[str, str], problem_type: str) -> ModelConfig:
     """The config with transformers' classification head of its family. classes: number -> name."""
     raw = {key: value for key, value in config.raw.items() if key != "num_labels"}
     labels = {"id2label": dict(classes), "label2id": {name: int(number) for number, name in classes.items()}}
-    kinds: dict[str, tuple[str, ...]] = names.family_of(config).FILES.classes
-    kind = next(name for name, heads in kinds.items() if any(head.startswith("classify") for head in heads))
+    if config.kind == "encoder":
+        kinds: dict[str, tuple[str, ...]] = names.family_of(config).FILES.classes
+        kind = next(name for name, heads in kinds.items() if any(head.startswith("classify") for head in heads))
+    else:
+        kind = names.architecture(replace(config, kind="classifier"))
     return from_dict({**raw, "architectures": [kind], **labels, "problem_type": problem_type})
 
 
 def head_of(model: Any) -> dict[str, torch.nn.Parameter]:
     """The parameters of a text classifier's head; none for other models."""
-    if not isinstance(model, Encoder) or model.classifier is None:
+    if not isinstance(model, DecoderClassifier) and not (isinstance(model, Encoder) and model.classifier is not None):
         return {}
     return {
         name.replace(".base.weight", ".weight"): parameter
@@ -54,7 +62,7 @@ def parts(model: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not own:
         return {}, {}
     tensors = names.to_file({name: parameter.detach() for name, parameter in own.items()}, model.config)
-    modules = ["classifier", "score", *(["pooler"] if model.pooler is not None else [])]
+    modules = ["classifier", "score", *(["pooler"] if any(name.startswith("pooler.") for name in own) else [])]
     config = {"task_type": "SEQ_CLS", "modules_to_save": modules}
     return config, {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()}
 
@@ -67,22 +75,29 @@ def write(model: Any, directory: Path) -> None:
         (directory / FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
+def with_place(model: Any, settings: Mapping[str, Any]) -> Any:
+    """`model`, or, of a decoder whose adapter holds a text classifier's head, a classifier on its layers."""
+    if isinstance(model, Decoder) and settings.get("task_type") == "SEQ_CLS":
+        return DecoderClassifier.over(model)
+    return model
+
+
 def take(model: Any, found: dict[str, Tensor], path: Path) -> None:
     """Put the head among the file's tensors, if there is one, on `model`, in place of the heads that it has; what was
     used is taken out of `found`. Raises AdapterError when it does not fit."""
-    if not isinstance(model, Encoder) or not any(key.startswith(PREFIX) for key in found):
+    if not isinstance(model, Encoder | DecoderClassifier) or not any(key.startswith(PREFIX) for key in found):
         return
     tensors = {key.removeprefix(PREFIX): found[key] for key in found if key.startswith(PREFIX)}
     said = _said(path.parent / FILE)
     config = headed(model.config, {"0": ""}, "")
     with torch.device("meta"):
-        wanted = list(head_of(Encoder(config)))
+        wanted = list(head_of(type(model)(config)))
     values = names.from_file(dict(tensors), config, wanted)
-    labels = len(values["classifier.out_proj.weight"]) if "classifier.out_proj.weight" in values else 0
+    labels = next((len(values[name]) for name in OUTER if name in values), 0)
     classes = said.get("id2label") or {str(number): f"LABEL_{number}" for number in range(labels)}
     if labels < 1 or labels != len(classes):
         raise AdapterError(f"{path} holds a head of {labels} classes, and {FILE} beside it names {len(classes)}.")
-    if model.classifier is None or model.config.num_labels != labels or said:
+    if not head_of(model) or model.config.num_labels != labels or said:
         model.take_heads(headed(model.config, classes, said.get("problem_type") or "single_label_classification"))
     own = head_of(model)
     for name, tensor in values.items():
@@ -103,6 +118,8 @@ def without_head(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     tokens, whose base may have had other heads, or none. Of other models all."""
     if not head_of(model) or virtual_of(model) is None:
         return tensors
+    if isinstance(model, DecoderClassifier):
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith(("lm_head.", "score."))}
     files = names.family_of(model.config).FILES
     below = {key.removeprefix(files.prefix): tensor for key, tensor in tensors.items()}
     body = [key for key in below if key.startswith(files.body) and not key.startswith("pooler.")]

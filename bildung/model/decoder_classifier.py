@@ -3,7 +3,9 @@
     tokens -> embed -> causal blocks -> state of the LAST real token -> score -> one logit per class
 
 The last token is the only one that has seen the whole text. transformers finds it by looking for pad_token_id, and so
-takes an end-of-text token for padding where the two are one; here the mask says it.
+takes an end-of-text token for padding where the two are one; here the mask says it. Behind the vectors of a prompt
+(virtual.py) transformers gets no tokens to look at and reads the last column, which is right for rows without padding;
+here it is the last real token of every row.
 """
 
 # B batch, L length, D hidden_size, C classes
@@ -11,12 +13,12 @@ takes an end-of-text token for padding where the two are one; here the mask says
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bildung.model.base import Model
 from bildung.model.config import ModelConfig
 from bildung.model.linear import dense_linear
-from bildung.model.transformer import Backbone, stack_sites
+from bildung.model.transformer import Backbone, Decoder, stack_sites
 
 
 class DecoderClassifier(Model):
@@ -29,6 +31,25 @@ class DecoderClassifier(Model):
         self.model = Backbone(config, self.taps)
         self.score = dense_linear(config.hidden_size, config.num_labels)
         self.sites = {**stack_sites(config), "pooled": "B D", "class_logits": "B C"}
+        self.name_linears()
+
+    @classmethod
+    def over(cls, decoder: Decoder) -> DecoderClassifier:
+        """A classifier on the layers of `decoder` themselves. Its head is NaN: to be filled in (see take_heads)."""
+        with torch.device("meta"):
+            made = cls(decoder.config)
+        made.model, made.taps, made.attached = decoder.model, decoder.taps, decoder.attached
+        made.retrained, made.compute_dtype = decoder.retrained, decoder.compute_dtype
+        made.take_heads(decoder.config)
+        return made
+
+    def take_heads(self, config: ModelConfig) -> None:
+        """Have a head for as many classes as `config` says; a new one's numbers are NaN: to be filled in."""
+        (weight,) = self.score.parameters()
+        if weight.is_meta or len(weight) != config.num_labels:
+            self.score = dense_linear(config.hidden_size, config.num_labels).to(self.device, self.weight_dtype)
+            nn.init.constant_(next(self.score.parameters()), float("nan"))
+        self.config = config
         self.name_linears()
 
     def hidden(self, tokens_BL: Tensor, *, keep_BL: Tensor | None = None, types_BL: Tensor | None = None) -> Tensor:

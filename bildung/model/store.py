@@ -131,6 +131,7 @@ def adapted(lm: LanguageModel, path: Path) -> LanguageModel:
     record, settings = _sound_record(path), adapter_file.read_config(path)
     if lm.base is not None:
         warn_of_another_base(path, record, lm.base)
+    lm = replace(lm, model=adapter_head.with_place(lm.model, settings))
     adapter_file.add_to(lm.model, path, settings)
     return replace(lm, config=lm.model.config, record=record, path=path)
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from bildung.core.errors import AdapterError, DataError, SettingsError
 from bildung.model.base import Model, can_look
 from bildung.model.config import ModelConfig
+from bildung.model.decoder_classifier import DecoderClassifier
 from bildung.model.encoder import Encoder
 from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.kv_cache import KVCache
@@ -231,7 +232,7 @@ def virtual_of(model: Model) -> Virtual | None:
 
 def stack_of(model: Model, kind: type[Virtual]) -> Backbone:
     """The stack before whose rows such virtual tokens stand. Raises AdapterError for a model without a place."""
-    if isinstance(model, Decoder | Encoder):
+    if isinstance(model, Decoder | DecoderClassifier | Encoder):
         return model.model
     if isinstance(model, EncoderDecoder):
         return model.encoder if kind.encoded else model.decoder

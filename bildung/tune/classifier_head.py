@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from bildung.core.operation import Job
 from bildung.data.labelled import Problem
+from bildung.model.adapter_head import headed
 from bildung.model.build import build
 from bildung.model.config import from_dict
-from bildung.model.names import architecture, family_of
 from bildung.model.store import LanguageModel
 
 PROBLEM_TYPE = {
@@ -43,14 +42,11 @@ def with_classifier(
         and any(getattr(lm.model, head, None) is not None for head in ("classifier", "score"))
     ):
         return lm
-    headed = _class_with_head(lm.config)
-    numbers = {name: number for number, name in enumerate(classes)}
-    raw = {key: value for key, value in lm.config.raw.items() if key != "num_labels"}
+    config = headed(lm.config, names, PROBLEM_TYPE[problem])
     if lm.config.kind != "encoder" and lm.tokenizer.pad_id is not None:
-        raw.setdefault("pad_token_id", lm.tokenizer.pad_id)  # transformers finds the last token by it
-    raw |= {"architectures": [headed], "id2label": names, "label2id": numbers, "problem_type": PROBLEM_TYPE[problem]}
-    config = from_dict(raw)
-    model = build(config, seed)
+        # transformers finds the last token by it
+        config = from_dict({"pad_token_id": lm.tokenizer.pad_id, **config.raw})
+    model = build(config, seed).to(lm.model.device)
     old, new = lm.model.state_dict(), model.state_dict()
     kept = {name: old[name] for name in new if name in old and not name.startswith(("classifier.", "score."))}
     model.load_state_dict(kept, strict=False)
@@ -58,12 +54,3 @@ def with_classifier(
     gone = sorted({name.partition(".")[0] for name in old if name not in new})
     job.notes.append(f"started at random: {', '.join(fresh)}" + (f"; left out: {', '.join(gone)}" if gone else ""))
     return replace(lm, model=model, config=config)
-
-
-def _class_with_head(config: Any) -> str:
-    """transformers' class of this family with a classification head."""
-    family = family_of(config)
-    if config.kind != "encoder":
-        return architecture(replace(config, kind="classifier"))
-    classes: dict[str, tuple[str, ...]] = family.FILES.classes
-    return next(name for name, heads in classes.items() if any(head.startswith("classify") for head in heads))

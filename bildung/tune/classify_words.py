@@ -33,7 +33,6 @@ from bildung.evaluate.classification import classification_figures, confusion_ta
 from bildung.evaluate.likelihood import encode_pair, evaluating, score
 from bildung.model import adapter_file
 from bildung.model.store import LanguageModel, load, write_model
-from bildung.pretrain.birth import set_aside
 from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.objectives import clm
 from bildung.train.precision import FROZEN
@@ -50,7 +49,7 @@ class Settings(Training):
     words: tuple[str, ...]  # what the model writes for each class, in the order of the classes
     template: str = "{text}\nLabel:"  # what it reads; {text} is the text, and a space and the word follow
     test: str | None = None  # rows to measure on; default: those of `held_out`
-    held_out: int = 0  # rows kept out of training, to measure on
+    held_out: int = 0  # rows kept out of training, to measure on; as large a share of each class
     limit: int | None = None  # use only the first so many rows
     test_limit: int | None = None  # measure on the first so many rows of `test` only
     text: str = "text"  # column of the text
@@ -153,11 +152,7 @@ def _pairs(data: Labelled) -> list[tuple[str, int]]:
 
 def _parts(data: Labelled, given: Settings) -> tuple[Labelled, Labelled | None]:
     """(texts to train on, texts to measure on)."""
-    if given.held_out:
-        kept, aside = set_aside(range(len(data)), given.held_out, given.seed)
-        train, final = data.take(kept), data.take(aside)
-    else:
-        train, final = data, None
+    train, final = data.set_aside(given.held_out, given.seed) if given.held_out else (data, None)
     if given.test is not None:
         final = read_labelled(
             given.test, text=given.text, label=given.label, classes=data.classes, limit=given.test_limit

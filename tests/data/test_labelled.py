@@ -67,3 +67,27 @@ def test_messages_say_what_the_rows_have(tmp_path: Path) -> None:
         read_labelled(file(tmp_path, [{"text": "a", "label": ["x", "y"]}]))
     with pytest.raises(DataError, match=r"at least two are needed. 1 row not used: 1 no class in 'label'"):
         read_labelled(file(tmp_path, [{"text": "a", "label": 1}, {"text": "b", "label": 2.5}]))
+
+
+def test_what_is_held_out_has_as_large_a_share_of_each_class(tmp_path: Path) -> None:
+    rows = [{"text": f"t{n}", "label": "rare" if n % 10 == 3 else "one" if n == 99 else "often"} for n in range(100)]
+    data = read_labelled(file(tmp_path, rows))
+    for seed in range(3):
+        kept, aside = data.set_aside(20, seed)
+        assert [aside.labels.count(c) for c in range(3)] == [18, 0, 2] and data.classes == ("often", "one", "rare")
+        assert sorted(kept.texts + aside.texts) == sorted(data.texts) and kept.labels.count(1) == 1
+    assert data.set_aside(20, 2)[1].texts == aside.texts != data.set_aside(20, 3)[1].texts
+    assert "of the 20 texts held out none has 'one'" in data.notes[0]
+    assert min(map(data.set_aside(97, 0)[0].labels.count, range(3))) == 1
+    with pytest.raises(DataError, match="held_out = 100 of 100 usable rows"):
+        data.set_aside(100, 0)
+    numbers = read_labelled(
+        file(tmp_path, [{"text": "a", "label": n} for n in range(9)]), problem="regression"
+    ).set_aside(3, 0)[1]
+    assert len(numbers) == 3 and not numbers.notes
+
+
+def test_a_number_and_the_same_as_text_are_not_merged(tmp_path: Path) -> None:
+    source = file(tmp_path, [{"text": "a", "label": one} for one in (0, 1, "1", 1)])
+    with pytest.raises(DataError, match=r"'label' stands 1 as a number \(2 times\) and as text, \"1\" \(1 times\)"):
+        read_labelled(source)

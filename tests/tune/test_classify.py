@@ -97,6 +97,33 @@ def test_virtual_tokens_and_their_head_are_an_adapter(method: str, rows: str, tm
         bildung.save(lm, tmp_path / "changed")
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")
+def test_virtual_tokens_before_a_decoder_that_classifies(
+    method: str, rows: str, tmp_path: Path, tiny_lm_directory: Path
+) -> None:
+    """The head reads the last real token of every row, padded or not; peft opens the directory."""
+    options = {"method": method, method: {"length": 4, "init": "random"}, "steps": 3, "held_out": 8, "max_length": 16}
+    record = classify(tiny_lm_directory, tmp_path / "out", given(rows, **options, learning_rate=None))
+    assert record.settings["learning_rate"] == 1e-2 and record.measured["test_texts"] == 8
+    lm = bildung.load(tmp_path / "out")
+    assert lm.config.kind == "classifier" and lm.config.raw["id2label"] == {"0": "cat", "1": "dog"}
+    old = bildung.load(tiny_lm_directory).model.state_dict()
+    assert all(torch.equal(p, old[name]) for name, p in lm.model.named_parameters() if name.startswith("model.layers"))
+    tokens = torch.tensor([[0, 40, 41, 42, 43], [0, 50, 51, 2, 2]])
+    keep = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    with torch.no_grad():
+        logits, alone = lm.model(tokens, keep_BL=keep), lm.model(tokens[1:, :3])
+    assert torch.allclose(logits[1:], alone, atol=1e-5)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_lm_directory, num_labels=2)
+    peer = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.allclose(peer(tokens[:1]).logits, logits[:1], atol=1e-4)
+    again = bildung.load(bildung.save(lm, tmp_path / "copy"))
+    with torch.no_grad():
+        assert torch.equal(again.model(tokens, keep_BL=keep), logits)
+
+
 def test_what_is_kept_and_what_starts_at_random(rows: str, tmp_path: Path) -> None:
     source = bildung.save(tiny_encoder("BertForPreTraining"), tmp_path / "source")
     record = classify(source, tmp_path / "out", given(rows, steps=1, learning_rate=1e-12))

@@ -13,11 +13,15 @@ falls below chance). Accuracy is always by the true labels.
 Calibrated scores (Zhao et al. 2021, arXiv 2102.09690): a model prefers some answers whatever is asked. Its answer
 probabilities for a question without content ("N/A", "[MASK]", ""), averaged, divide those for the real one.
 
+Of a task whose choices are the same for every question (classes), as many questions of each are asked, where there are
+enough, so that who always gives one answer is right by chance and no more often. What was drawn is said.
+
 A prompt that exceeds the context loses whole examples from its beginning, never half of one; how often is counted.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -79,8 +83,14 @@ class Point:
 
 def in_context(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
     """Measure and draw. Raises SettingsError; DataError for a task that is no multiple choice or has too few rows."""
-    if not settings.shots or min(settings.shots) < 0 or min(settings.rounds, settings.orders, settings.questions) < 1:
-        raise SettingsError("shots are at least 0; rounds, orders and questions at least 1.")
+    if not settings.shots or min(settings.shots) < 0:
+        raise SettingsError(
+            f"shots = {' '.join(map(str, settings.shots)) or 'nothing'} was given; numbers of examples are needed, "
+            f"each at least 0, such as 0 1 4 16."
+        )
+    for name in ("rounds", "orders", "questions"):
+        if getattr(settings, name) < 1:
+            raise SettingsError(f"{name} = {getattr(settings, name)} was given; it must be at least 1.")
 
     def work(job: Job) -> None:
         lm = load(source)
@@ -90,12 +100,14 @@ def in_context(source: Path, out: Path, settings: Settings, *, force: bool = Fal
             points = [measure(lm, file, asked, pool, k, settings) for k in sorted(set(settings.shots))]
         chance = max(Counter(right_choices(file, row)[0] for row in asked).values()) / len(asked)
         numbers: dict[str, Any] = {"task": file.task, "questions": len(asked), "most_frequent": chance}
+        numbers["questions_by_answer"] = drawn = by_answer(file, asked)
         numbers["points"] = [asdict(point) for point in points]
         (job.out / NUMBERS).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-        draw(points, chance, file.task, job.out / PICTURE)
+        picture(points, chance, file.task, job.out / PICTURE)
         job.measured |= numbers
         job.notes += notes
         job.notes += [f"{p.shots} examples: {p.left_out:.1f} of them did not fit" for p in points if p.left_out]
+        print(f"{len(asked)} questions" + "".join(f", {count} of {name!r}" for name, count in drawn.items()))
         print(*shown(points, chance), sep="\n")
 
     return perform("look in_context", source, out, settings, work, data=data_of(settings.task), force=force)
@@ -109,7 +121,7 @@ def read(given: Settings) -> tuple[TaskFile, list[Row], list[Row], list[str]]:
         raise DataError(f"{path} is of output_type {file.output_type}; examples are shown for multiple_choice.")
     split = file.test_split or file.validation_split
     documents, notes = read_documents(path, file, split)
-    asked = draw_documents(documents, given.questions, f"{given.seed} {file.task}")
+    asked = draw(file, documents, given.questions, f"{given.seed} {file.task}")
     shots_split = file.fewshot_split or file.training_split or split
     pool = documents if shots_split == split else read_documents(path, file, shots_split)[0]
     pool = [row for row in pool if is_answered(file, row) and row not in asked]
@@ -119,6 +131,31 @@ def read(given: Settings) -> tuple[TaskFile, list[Row], list[Row], list[str]]:
             f"ask fewer questions, or show fewer examples."
         )
     return file, asked, pool, notes
+
+
+def draw(file: TaskFile, documents: list[Row], count: int, seed: str) -> list[Row]:
+    """So many questions; of a task with classes one of each in turn, while there are any."""
+    if count >= len(documents) or not _has_classes(file, documents):
+        return draw_documents(documents, count, seed)
+    queues: dict[int, list[int]] = {}
+    for place in random.Random(seed).sample(range(len(documents)), len(documents)):
+        queues.setdefault(right_choices(file, documents[place])[0], []).append(place)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*(queues[answer] for answer in sorted(queues))))
+    drawn = itertools.islice((place for place in turns if place is not None), count)
+    return [documents[place] for place in sorted(drawn)]
+
+
+def by_answer(file: TaskFile, asked: Sequence[Row]) -> dict[str, int]:
+    """How many questions have which answer, of a task with classes; else nothing."""
+    if not _has_classes(file, asked):
+        return {}
+    choices = choices_of(file, asked[0])
+    found = Counter(right_choices(file, row)[0] for row in asked)
+    return {choices[answer]: found[answer] for answer in sorted(found)}
+
+
+def _has_classes(file: TaskFile, documents: Sequence[Row]) -> bool:
+    return all(choices_of(file, row) == choices_of(file, documents[0]) for row in documents)
 
 
 def measure(
@@ -230,7 +267,7 @@ def shown(points: Sequence[Point], chance: float) -> list[str]:
     return lines
 
 
-def draw(points: Sequence[Point], chance: float, task: str, path: Path) -> None:
+def picture(points: Sequence[Point], chance: float, task: str, path: Path) -> None:
     """Accuracy by the number of examples."""
     places = [math.log2(p.shots + 1) for p in points]
     lines: dict[str, Any] = {"as it answers": (places, [p.accuracy for p in points])}

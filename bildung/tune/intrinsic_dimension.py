@@ -1,6 +1,6 @@
 """How few numbers are enough for a task: the search for d90 (Li et al. 2018, arXiv 1804.08838; Aghajanyan et al. 2021).
 
-    bildung tune intrinsic_dimension MODEL OUT --data nursery:alpaca --held-out 100 --dimensions 100 300 1000 3000
+    bildung tune intrinsic_dimension MODEL OUT --data nursery:alpaca --held-out 100 --dimensions 300 1000 3000
 
 Full tuning first, then `tune said` with each dimension; d90 is the smallest that reaches 90 % (`share`) of what full
 tuning gains. The papers measure accuracy, where 90 % is 90 % of the full model's. For a language model it is the
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from bildung.core.errors import SettingsError, TrainingError
@@ -21,6 +22,7 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.look.line_picture import Panel, draw_lines
+from bildung.model.store import load
 from bildung.train.training import check_ranges
 from bildung.tune import full as full_tuning
 from bildung.tune import said as said_tuning
@@ -37,7 +39,7 @@ class Settings(Tuning):
     share: float = 0.9  # of what full tuning gains
     scaled: bool = True  # SAID; --no-scaled: DID
     target: str | tuple[str, ...] = "all"  # matrices that the few numbers move
-    held_out: int = 64  # conversations kept out of training, to measure the loss on
+    held_out: int = 16  # conversations kept out of training, to measure the loss on
     learning_rate: float = 1e-2  # of the few numbers
     full_learning_rate: float = 2e-5  # of full tuning
 
@@ -54,6 +56,9 @@ def intrinsic_dimension(source: Path, out: Path, settings: Settings, *, force: b
 
     def work(job: Job) -> None:
         given = {name: getattr(settings, name) for name in vars(Tuning(data="")) if name != "card"}
+        few = said_tuning.Settings(**given, scaled=settings.scaled, target=settings.target)
+        # A dimension that is too small is refused now, and not when full tuning is done.
+        said_tuning.add_intrinsic(load(source).model, replace(few, dimension=dimensions[0]))
         whole = full_tuning.full(
             source,
             job.out / "full",
@@ -69,8 +74,7 @@ def intrinsic_dimension(source: Path, out: Path, settings: Settings, *, force: b
             )
         gains: dict[int, float] = {}
         for dimension in dimensions:
-            few = said_tuning.Settings(**given, dimension=dimension, scaled=settings.scaled, target=settings.target)
-            record = said_tuning.said(source, job.out / f"dimension-{dimension}", few)
+            record = said_tuning.said(source, job.out / f"dimension-{dimension}", replace(few, dimension=dimension))
             gains[dimension] = (before - _best(record)) / (before - best)
             job.tokens_seen += record.tokens_seen
             job.trained_tokens += record.trained_tokens

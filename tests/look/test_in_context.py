@@ -58,6 +58,21 @@ def test_a_curve_with_its_errors_and_a_picture(source: Path, task: str, tmp_path
     assert "  3 examples:" in capsys.readouterr().out
 
 
+def test_as_many_questions_of_each_class_are_asked(source: Path, task: str, tmp_path: Path, capsys: Any) -> None:
+    rows = [{"text": f"thing {number}", "label": int(number % 8 == 0)} for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    record = in_context(source, tmp_path / "out", given(task, shots=(0,), questions=8, calibrate=False))
+    assert record.measured["questions_by_answer"] == {"red": 4, "blue": 4} and record.measured["most_frequent"] == 0.5
+    assert "8 questions, 4 of 'red', 4 of 'blue'" in capsys.readouterr().out
+    assert [row["label"] for row in read(given(task, questions=12))[1]].count(1) == 5
+    for wrong, words in (
+        ({"shots": (4, -1)}, "shots = 4 -1 was given; .* each at least 0"),
+        ({"rounds": 0}, "rounds = 0"),
+    ):
+        with pytest.raises(SettingsError, match=words):
+            in_context(source, tmp_path / "no", given(task, **wrong))
+
+
 def test_the_examples_are_no_questions_and_more_begin_with_fewer(task: str) -> None:
     _, asked, pool, _ = read(given(task))
     assert len(asked) == 6 and len(pool) == 6 and not any(row in pool for row in asked)

@@ -11,6 +11,7 @@ import torch
 
 import bildung
 from bildung.core.errors import AdapterError, SettingsError, TrainingError
+from bildung.data.text import conversations
 from bildung.model.intrinsic import Intrinsic
 from bildung.model.linear import Linear
 from bildung.tune import intrinsic_dimension as search
@@ -99,3 +100,7 @@ def test_no_gain_no_share(source: Path, tmp_path: Path, given: Any, monkeypatch:
         search.intrinsic_dimension(source, tmp_path / "out", worse)
     with pytest.raises(SettingsError, match="one held-out conversation"):
         search.intrinsic_dimension(source, tmp_path / "out", search.Settings(**given, held_out=0))
+    monkeypatch.setattr(search.full_tuning, "full", pytest.fail)
+    with pytest.raises(SettingsError, match="dimension = 14 leaves nothing for θ"):
+        search.intrinsic_dimension(source, tmp_path / "out", search.Settings(**given, dimensions=(400, 14)))
+    assert 2 * search.Settings(data="mini:chat").held_out < len(list(conversations("mini:chat")))  # a first try

@@ -24,7 +24,7 @@ from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.look.attribute_extraction import Extraction, extract
 from bildung.look.facts import RELATIONS, facts, relation_of
-from bildung.look.lens import check_has_lens
+from bildung.look.lens import check_writes
 from bildung.look.line_picture import Panel, draw_lines
 from bildung.look.page import data_url, look_page
 from bildung.look.patchscope import every
@@ -77,7 +77,7 @@ def attributes(source: Path, out: Path, settings: Settings, *, force: bool = Fal
 
 def extract_relations(lm: LanguageModel, given: Settings, notes: list[str]) -> dict[str, Extraction]:
     """{relation: what was found}. Notes what has no object."""
-    check_has_lens(lm)
+    check_writes(lm)
     layers, theirs = (list(some) or every(lm, given.step) for some in (given.layers, given.target_layers))
     for layer in [*layers, *theirs]:
         check_layer(lm, layer, "model")

@@ -21,7 +21,7 @@ from bildung.core.errors import DataError, SettingsError, TokenizerError
 from bildung.evaluate.compare import model_difference
 from bildung.look.cross_patching import Across, CrossGrid, Question, check_like, cross_patching
 from bildung.look.head_change import HeadChange, head_change
-from bildung.look.lens import LensDifference, check_has_lens, lens_difference
+from bildung.look.lens import LensDifference, check_has_lens, check_writes, lens_difference
 from bildung.look.prompt import check_same_model_shape, check_same_tokens, encode_prompt
 from bildung.look.similarity import FEWEST, Similarity, similarity
 from bildung.look.token_difference import (
@@ -98,7 +98,9 @@ def compare_models(
         check_same_model_shape(a, b)
         found.lens = lens_difference(a, b, ids, max_tokens=max_tokens)
     except DataError as error:
-        found.left_out |= dict.fromkeys(("lens",) if causal else ("tokens", "lens"), str(error))
+        found.left_out["lens"] = str(error)
+    if not causal:
+        found.left_out["tokens"] = "the models do not both predict a next token"
     _heads(found, a, b, seed)
     _similarity(found, a, b, [ids, *more_text])
     if causal and more_text:
@@ -164,7 +166,7 @@ def _by_text(a: LanguageModel, b: LanguageModel, prompt: str | Sequence[int], ch
     if not isinstance(prompt, str) or chat:
         raise SettingsError("models of two tokenizers are aligned on plain text: no token ids, no --chat.")
     for lm in (a, b):
-        check_has_lens(lm)
+        check_writes(lm)
     cut: Aligned = align(a.tokenizer, b.tokenizer, prompt)
     found = Comparison(cut.ids_a, weight_change(a.model, b.model), text=text_difference(a, b, cut))
     reason = (

@@ -29,6 +29,7 @@ def page(numbers: dict[str, Any], facts: Mapping[str, Any], command: str) -> str
             if "b" in numbers
             else "Underlined: how surprised the model was by the token, -ln p."
         ),
+        in_place=numbers.get("in_place", False),
         command=command,
         data=numbers,
     )
@@ -82,9 +83,11 @@ def _versus(numbers: dict[str, Any]) -> list[list[dict[str, Any]]]:
 
 
 def _strip(numbers: dict[str, Any]) -> list[dict[str, Any]]:
-    """The text, token by token; each is coloured by what was predicted at the position before it."""
-    strip = [{"text": numbers["labels"][0], "v": 0, "title": "the first token is not predicted"}]
-    for i, text in enumerate(numbers["labels"][1:]):
+    """The text, token by token; each is coloured by what was predicted at the position before it (or at its own)."""
+    strip, labels = [], numbers["labels"]
+    if not numbers.get("in_place", False):
+        strip, labels = [{"text": labels[0], "v": 0, "title": "the first token is not predicted"}], labels[1:]
+    for i, text in enumerate(labels):
         p = {key: numbers[key]["next_probs"][-1][i] for key, _ in _models(numbers)}
         title = ", ".join(f"p{'_' + key.upper() if len(p) > 1 else ''} {value:.3g}" for key, value in p.items())
         if "b" in numbers:

@@ -3,6 +3,8 @@
     bildung look logit_lens SOURCE OUT --prompt "The capital of France is"
     bildung look logit_lens TUNED OUT --prompt "..." --against BASE
     bildung look logit_lens SOURCE OUT --prompt "..." --tuned LENS      through a tuned lens (look tuned_lens made it)
+    bildung look logit_lens BERT OUT --prompt "Paris is in [MASK]."     what stands at each place, by its masked head
+    bildung look logit_lens T5 OUT --prompt "a source" [--answer "..."] its decoder, while it answers
 
 OUT gets lens.html (one file, works offline), lens.png and lens.json. The computation is in look/lens.py.
 """
@@ -34,6 +36,9 @@ class Settings:
 
     prompt: str  # the text to read
     chat: bool = False  # the prompt is a user's turn, put through the model's chat template
+    answer: str | None = (
+        None  # of a model that answers a source (the prompt): the answer that is read; default: its own
+    )
     against: Path | None = None  # a second model (B) that reads the same tokens
     tuned: Path | None = None  # directory of a tuned lens for the source
     against_tuned: Path | None = None  # the same for B
@@ -51,13 +56,14 @@ def logit_lens(source: Path, out: Path, settings: Settings, *, force: bool = Fal
         lm, prompt, chat, longest = load(source), settings.prompt, settings.chat, settings.max_tokens
         model, against = Path(source).name, settings.against.name if settings.against else None
         lens = read_tuned(settings.tuned, lm) if settings.tuned else None
+        answer = settings.answer
         seen: LogitLens | LensDifference
         if settings.against is None:
-            seen = read_lens(lm, prompt, chat=chat, max_tokens=longest, tuned=lens)
+            seen = read_lens(lm, prompt, chat=chat, max_tokens=longest, tuned=lens, answer=answer)
         else:
             b = load(settings.against)
             lenses = lens, read_tuned(settings.against_tuned, b) if settings.against_tuned else None
-            seen = lens_difference(lm, b, prompt, chat=chat, max_tokens=longest, tuned=lenses)
+            seen = lens_difference(lm, b, prompt, chat=chat, max_tokens=longest, tuned=lenses, answer=answer)
         numbers = as_json(seen, prompt, chat, lm.config.vocab_size, model, against)
         numbers["tuned"] = [settings.tuned is not None, settings.against_tuned is not None]
         text = json.dumps(numbers, ensure_ascii=False, allow_nan=False)
@@ -77,6 +83,7 @@ def as_json(
     a, b = (seen.a, seen.b) if isinstance(seen, LensDifference) else (seen, None)
     numbers: dict[str, Any] = {"model": model, "against": against, "prompt": prompt, "chat": chat}
     numbers |= {"tokens": a.tokens, "labels": a.labels, "vocabulary": vocabulary, "a": _side(a)}
+    numbers["in_place"] = a.in_place
     numbers["words"] = {str(number): word for number, word in (a.words | (b.words if b else {})).items()}
     if isinstance(seen, LensDifference):
         numbers |= {"b": _side(seen.b), "kl_ab": _rounded(seen.kl_NL), "first_difference": seen.first_L.tolist()}
@@ -113,11 +120,14 @@ def summary(numbers: dict[str, Any]) -> dict[str, Any]:
         while layer > 0 and ranks[layer - 1] == 1:
             layer -= 1
         settled.append(layer)
+    # What a masked encoder says, it says at its mask; without one, where it is most in doubt.
+    in_place, told = numbers["in_place"], side["top_probs"][-1]
+    at = min(range(len(told)), key=lambda place: told[place][0]) if in_place else -1
     measured = {
         "positions": len(numbers["tokens"]),
         "layers": layers,
-        "next token": words[str(side["top_ids"][-1][-1][0])],
-        "its probability": side["top_probs"][-1][-1][0],
+        f"in place of {numbers['labels'][at]}" if in_place else "next token": words[str(side["top_ids"][-1][at][0])],
+        "its probability": told[at][0],
         "settled at layer, mean": round(sum(settled) / len(settled), 2),
     }
     if "b" in numbers:

@@ -37,7 +37,7 @@ from bildung.look.activations import Read, collect
 from bildung.look.attribute_extraction import others_said, right_elsewhere
 from bildung.look.facts import RELATIONS, Fact, facts, says
 from bildung.look.grid_page import draw_grids
-from bildung.look.lens import check_has_lens
+from bildung.look.lens import check_writes
 from bildung.look.page import look_page
 from bildung.look.patch_targets import target_prompt
 from bildung.look.patchscope import every
@@ -115,7 +115,7 @@ def questions() -> list[Question]:
 
 def repair(lm: LanguageModel, given: Settings) -> Repair:
     """Ask, patch and ask again. Raises DataError when the model answers the two hops of fewer than two questions."""
-    check_has_lens(lm)
+    check_writes(lm)
     layers, theirs = (list(some) or every(lm, given.step) for some in (given.layers, given.target_layers))
     for layer in [*layers, *theirs]:
         check_layer(lm, layer, "model")

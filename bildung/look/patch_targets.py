@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bildung.core.errors import DataError
-from bildung.look.prompt import encode_prompt
+from bildung.look.prompt import encode_prompt, encode_text
 from bildung.model.store import LanguageModel
-from bildung.tokens.spans import encode_with_spans, tokens_of
+from bildung.tokens.spans import tokens_of
 
 PLACE, SHOWN = "{}", "x"
 NAMED = {
@@ -68,12 +68,15 @@ def place_of(lm: LanguageModel, text: str, tokens: Sequence[int], where: int | s
 
 
 def _last_token(lm: LanguageModel, text: str, start: int, stop: int, tokens: Sequence[int]) -> int:
-    ids, spans = encode_with_spans(lm.tokenizer, text)
-    before = len(tokens) - len(ids)
-    if list(tokens[before:]) != ids:
+    if found := tokens_for(lm, text, start, stop, tokens):
+        return found[-1]
+    raise DataError(f"no token stands for {text[start:stop]!r}; give the position as a number.")
+
+
+def tokens_for(lm: LanguageModel, text: str, start: int, stop: int, tokens: Sequence[int]) -> list[int]:
+    """The places of the tokens that stand for text[start:stop]. Raises DataError where `tokens` are not this text's."""
+    ids, spans = encode_text(lm, text)
+    if list(tokens) != ids:
         raise DataError("a part of a text cannot be found in a chat template's tokens; give the position as a number.")
     inside = text[start:stop]
-    found = tokens_of([(start + len(inside) - len(inside.lstrip()), start + len(inside.rstrip()))], spans)[0]
-    if not found:
-        raise DataError(f"no token stands for {inside!r}; give the position as a number.")
-    return before + found[-1]
+    return tokens_of([(start + len(inside) - len(inside.lstrip()), start + len(inside.rstrip()))], spans)[0]

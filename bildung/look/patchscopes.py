@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import BadIntervention, DataError, NoSuchSite, SettingsError
-from bildung.look.lens import CANDIDATES, check_has_lens
+from bildung.look.lens import CANDIDATES, check_writes
 from bildung.look.patch_targets import Target
 from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel
@@ -105,7 +105,7 @@ def check_cells(
 ) -> None:
     """Raises DataError, NoSuchSite or SettingsError for what cannot be run."""
     for lm in (source, into):
-        check_has_lens(lm)
+        check_writes(lm)
     for lm, name, ids in ((source, "source", tokens), (into, "target", target.tokens)):
         context = getattr(lm.config, "max_position_embeddings", None) or len(ids)
         if not 0 < len(ids) <= context:
@@ -189,7 +189,7 @@ def patched_texts(
 
     Raises SettingsError where prompt and answer exceed the model's context."""
     model, stop_ids, texts = lm.model, lm.tokenizer.stop_ids, []
-    assert isinstance(model, CausalLM)  # check_has_lens has said so
+    assert isinstance(model, CausalLM)  # check_writes has said so
     check(model, [target.tokens], new_tokens)
     known = [only_known(lm.tokenizer.vocab_size)] if lm.config.vocab_size > lm.tokenizer.vocab_size else []
     for start in range(0, len(h_RE), rows):

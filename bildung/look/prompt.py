@@ -1,4 +1,8 @@
-"""The text one looks at: its token ids, and a short readable label for each of them."""
+"""The text one looks at: its token ids, and a short readable label for each of them.
+
+Each kind of model reads a text as it was trained to: a decoder behind its BOS, an encoder between its [CLS] and [SEP]
+(where a [MASK] may stand in the text), an encoder-decoder as a source, with what it has answered so far beside it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,14 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError, TokenizerError
+from bildung.data.seq2seq import text_frame
+from bildung.look.asked import WithSource, with_source
+from bildung.model.encoder import Encoder
 from bildung.model.store import LanguageModel
+from bildung.run.write import write
 from bildung.tokens.chat_template import encode_chat
+from bildung.tokens.frames import Frame, decoder_frame, frame_of
+from bildung.tokens.spans import encode_with_spans
 from bildung.tokens.tokenizer import Tokenizer
 
 # Whitespace is part of a token (" the" and "the" are two), so it must be seen.
@@ -19,7 +29,8 @@ LABEL = 24  # characters
 
 
 def encode_prompt(lm: LanguageModel, prompt: str | Sequence[int] | Tensor, chat: bool, limit: int) -> list[int]:
-    """Token ids of a text, or ids as they are. chat: the text is a user's turn, in front of the answer's first token.
+    """Token ids of a text with what stands around it, or ids as they are. chat: the text is a user's turn, in front of
+    the answer's first token.
 
     Raises DataError for no token, more than `limit`, or an id that the model does not have.
     """
@@ -27,7 +38,7 @@ def encode_prompt(lm: LanguageModel, prompt: str | Sequence[int] | Tensor, chat:
         if chat:
             ids = encode_chat(lm.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
         else:
-            ids = lm.tokenizer.encode(prompt)
+            ids = encode_text(lm, prompt)[0]
     else:
         ids = [int(number) for number in torch.as_tensor(prompt).flatten()]
     if not 0 < len(ids) <= limit:
@@ -38,6 +49,70 @@ def encode_prompt(lm: LanguageModel, prompt: str | Sequence[int] | Tensor, chat:
     return ids
 
 
+def encode_text(lm: LanguageModel, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """(token ids as this model reads a text, the [start, end) of the text that each stands for, empty for what the
+    frame adds). In an encoder's text the name of its mask, such as [MASK], is that token."""
+    frame, spans, ids = frame_around(lm), list[tuple[int, int]](), list[int]()
+    mask = lm.tokenizer.named["mask_token"] if isinstance(lm.model, Encoder) else None
+    at = 0
+    for part in re.split(f"({re.escape(mask)})", text) if mask is not None else [text]:
+        found, places = ([lm.tokenizer.id_of(part)], [(0, len(part))]) if part == mask else ([], [])
+        if part and part != mask:
+            found, places = encode_with_spans(lm.tokenizer, part)
+        ids += found
+        spans += [(at + start, at + end) for start, end in places]
+        at += len(part)
+    if not ids and frame.after:
+        return ids, spans  # nothing but a frame is no text
+    before = [] if list(frame.before) == ids[: len(frame.before)] else list(frame.before)
+    return [*before, *ids, *frame.after], [(0, 0)] * len(before) + spans + [(at, at)] * len(frame.after)
+
+
+def frame_around(lm: LanguageModel) -> Frame:
+    """The special tokens around a text that this model reads."""
+    if isinstance(lm.model, WithSource):
+        return Frame((lm.config.decoder_start_token_id, *text_frame(lm.tokenizer).before), (), (), 0)
+    if hasattr(lm.model, "given") or getattr(lm.config, "prefix_lm", None) == "source":
+        return text_frame(lm.tokenizer)
+    if lm.config.kind != "encoder":
+        return decoder_frame(lm.tokenizer)
+    try:
+        return frame_of(lm.tokenizer)
+    except TokenizerError:  # neither a post-processor nor [CLS] and [SEP]: there is nothing to put around a text
+        return Frame((), (), (), 0)
+
+
+def text_in(
+    lm: LanguageModel,
+    prompt: str | Sequence[int] | Tensor,
+    *,
+    chat: bool = False,
+    limit: int,
+    answer: str | Sequence[int] | None = None,
+    new_tokens: int = 0,
+) -> tuple[LanguageModel, list[int]]:
+    """(what runs, the token ids that it reads): of most models themselves and the prompt.
+
+    Of a model that answers a source, which the prompt then is: its decoder with that source in mind (`WithSource`), and
+    the start token with `answer`, which it has answered so far; None: what it answers itself, at most `new_tokens`.
+    Raises DataError as `encode_prompt`, and for an answer where nothing is answered.
+    """
+    ids = encode_prompt(lm, prompt, chat, limit)
+    if not hasattr(lm.model, "given"):
+        if answer:
+            raise DataError(
+                f"a {lm.config.model_type} answers no source; what it has said so far belongs to the prompt."
+            )
+        return lm, ids
+    told = with_source(lm, ids)
+    if answer is None and new_tokens:
+        said = write(lm.model, lm.tokenizer, [ids], new_tokens)[0][0].tokens
+        answer = [lm.config.decoder_start_token_id, *(one for one in said if one not in lm.tokenizer.stop_ids)]
+    if not answer:
+        return told, list(frame_around(told).before)
+    return told, encode_prompt(told, answer, False, limit)
+
+
 def check_same_tokens(a: LanguageModel, b: LanguageModel, ids: list[int], prompt: object, chat: bool) -> None:
     """Raises TokenizerError unless both models read the prompt as the same ids, and the ids as the same tokens."""
     if a.config.vocab_size != b.config.vocab_size:
@@ -46,7 +121,7 @@ def check_same_tokens(a: LanguageModel, b: LanguageModel, ids: list[int], prompt
             "can be compared token by token."
         )
     # A tune may come with a chat template of its own; then A's ids are what both models read.
-    other = b.tokenizer.encode(prompt) if isinstance(prompt, str) and not chat else ids
+    other = encode_text(b, prompt)[0] if isinstance(prompt, str) and not chat else ids
     if other != ids or a.tokenizer.backend.get_vocab() != b.tokenizer.backend.get_vocab():
         raise TokenizerError(
             "the two models split the prompt into different tokens; only models that share a tokenizer can be "

@@ -19,7 +19,7 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
-from bildung.look.lens import check_has_lens
+from bildung.look.lens import check_writes
 from bildung.look.patchscopes import check_layer
 from bildung.look.stream_maps import Pair, learn_maps, pieces, write_maps
 from bildung.model.store import LanguageModel, load
@@ -64,7 +64,7 @@ def stream_map(source: Path, out: Path, settings: Settings, *, force: bool = Fal
 def chosen_pairs(lm: LanguageModel, into: LanguageModel, given: Settings) -> list[Pair]:
     """The pairs of layers that the settings ask for."""
     for one in (lm, into):
-        check_has_lens(one)
+        check_writes(one)
     layers = list(given.layers or range(lm.config.num_hidden_layers))
     if given.every:
         theirs = list(given.target_layers or range(into.config.num_hidden_layers))

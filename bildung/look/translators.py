@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bildung.core.errors import ModelFileError
+from bildung.look.asked import whole_of
 from bildung.model.safetensors_file import read_file, write_file
 from bildung.model.store import LanguageModel
 
@@ -68,7 +69,7 @@ def weights_hash(lm: LanguageModel) -> str:
     The same weights loaded in another type are other numbers, and have another hash.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(lm.model.state_dict().items()):
+    for name, tensor in sorted(whole_of(lm.model).state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(memoryview(flat.numpy()))

@@ -112,6 +112,11 @@ def check(given: Settings) -> None:
 def train(job: Job, lm: LanguageModel, given: Settings) -> TunedLens:
     """A lens trained on the settings' text; fills in the job's numbers. The model is left as it was."""
     check_has_lens(lm)
+    if hasattr(lm.model, "given"):
+        raise DataError(
+            f"a {lm.config.model_type} of kind {lm.config.kind!r} does not continue text, and a tuned lens is learned "
+            "on running text; read its layers by the logit lens."
+        )
     lens = new_lens(lm)
     trained_on, held_out = pieces(lm, given)
     before_type, lm.model.compute_dtype = lm.model.compute_dtype, COMPUTE[given.precision]

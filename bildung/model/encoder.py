@@ -102,6 +102,10 @@ class Encoder(Model):
             )
         )
 
+    def final_norm(self, x_BLD: Tensor) -> Tensor:
+        """A residual stream -> the last states: the last step of `hidden`, which lenses take from any layer."""
+        return self.model.final(x_BLD)
+
     def unembed(self, h_BLD: Tensor) -> Tensor:
         """States -> logits of the masked-language head (any leading dimensions)."""
         if self.lm_head is None or self.transform is None:

@@ -165,8 +165,8 @@ def test_what_a_family_lacks_is_said(family: str):
     parts = {"tokens": found.tokens, "lens": found.lens, "heads": found.heads, "similarity": found.similarity}
     there = {name for name, part in parts.items() if part is not None} | ({"patches"} if found.patches else set())
     expected = {
-        "bert": {"heads", "similarity"},
-        "t5": {"similarity"},
+        "bert": {"lens", "heads", "similarity"},
+        "t5": {"lens", "similarity"},
         "vit": set(),
         "gpt2": {*parts, "patches"},
         "rnn": {"tokens", "lens", "similarity", "patches"},

@@ -20,7 +20,10 @@ from bildung.model.linear import Linear
 from bildung.model.low_rank import LowRank
 from bildung.model.store import LanguageModel
 from bildung.model.taps import observe
+from bildung.run.write import write
+from tests.contract.test_families import made
 from tests.model.tiny import tiny_lm
+from tests.model.tiny_encoder import tiny_encoder
 
 TEXT = "a <b> & $x$ end"
 
@@ -177,9 +180,37 @@ def test_norms_scales_and_soft_caps_are_the_model_s_own(raw: dict[str, Any]) -> 
         assert lens.abs().max() <= 3 < without_cap.abs().max()
 
 
-def test_a_model_that_does_not_continue_text_has_no_lens() -> None:
-    lm = tiny_lm()
-    keys = {"vocab_size": 260, "hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 1}
-    config = from_dict({"model_type": "bert", **keys, "intermediate_size": 64, "architectures": ["BertForMaskedLM"]})
-    with pytest.raises(DataError, match="does not continue text"):
-        logit_lens(LanguageModel(build(config, seed=1).eval(), lm.tokenizer, config), TEXT)
+def test_a_masked_encoder_is_read_through_its_head_in_place() -> None:
+    lm = tiny_encoder(initializer_range=0.3)
+    lens = logit_lens(lm, "the [MASK] sat on a mat")
+    assert lens.labels[0] == "[CLS]" and lens.labels[2] == "[MASK]" and lens.labels[-1] == "[SEP]"
+    ids = torch.tensor([lens.tokens])
+    with torch.no_grad(), observe(lm.model, "layers.*.resid_post") as seen:
+        logits_LV = lm.model(ids)[0]
+        first_LV = lm.model.unembed(seen["layers.0.resid_post"])[0]  # post-norm: nothing lies between
+    for row, logits in ((0, first_LV), (1, logits_LV)):
+        assert torch.equal(lens.top_ids_NLK[row, :, 0], logits.argmax(-1))
+        own_L = logits.softmax(-1).gather(-1, ids[0][:, None])[:, 0]
+        torch.testing.assert_close(lens.next_probs_NL[row], own_L)
+    assert (lens.kl_NL[-1] == 0).all() and (lens.kl_NL[0] > 0).all()
+    with pytest.raises(DataError, match="nor has a masked-language head"):
+        logit_lens(tiny_encoder("BertForSequenceClassification"), "the cat")
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_model_that_answers_a_source_is_read_in_its_decoder(family: str) -> None:
+    lm = made(family)
+    source, answer = [5, 6, 7, 8, 257], [258, 9, 10]
+    lens = logit_lens(lm, source, answer=answer)
+    with torch.no_grad():
+        logits_LV = lm.model(torch.tensor([source]), torch.tensor([answer]))[0]
+    assert lens.tokens == answer and (lens.rank_NL[-1] == 1).all() and (lens.kl_NL[-1] == 0).all()
+    assert torch.equal(lens.top_ids_NLK[-1, :, 0], logits_LV.argmax(-1))
+    own = logit_lens(lm, source)
+    said = write(lm.model, lm.tokenizer, [source], 16)[0][0].tokens
+    assert own.tokens == [258, *(one for one in said if one != 257)]
+    assert (lens_difference(lm, lm, source).kl_NL == 0).all()
+    other = logit_lens(lm, source[:2], answer=answer)
+    assert not torch.equal(other.top_probs_NLK, lens.top_probs_NLK)  # another source, other predictions
+    with pytest.raises(DataError, match="by one tanh"):
+        logit_lens(made("rnn_seq2seq"), source)

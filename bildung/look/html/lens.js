@@ -41,14 +41,14 @@ function candidates(side, n, l) {
 function measures(side, n, l) {
   const model = data[side], next = model.next_probs[n][l];
   return ["final token ranks " + model.rank[n][l], "KL from final " + model.kl[n][l].toPrecision(3),
-    "entropy " + model.entropy[n][l].toPrecision(3), ...(next === null ? [] : ["p(really next) " + next.toPrecision(3)])];
+    "entropy " + model.entropy[n][l].toPrecision(3), ...(next === null ? [] : ["p(really " + (data.in_place ? "there" : "next") + ") " + next.toPrecision(3)])];
 }
 
 const sides = ["a", "b"].filter((side) => data[side]);
 const versus = (n, l) => (data.b ? ["KL(A‖B) " + data.kl_ab[n][l].toPrecision(3) + " nats"] : []);
 
 function show(td) {
-  const [n, l] = place(td), both = element("div", undefined, "sides"), head = element("div", "layer " + n + ", after ");
+  const [n, l] = place(td), both = element("div", undefined, "sides"), head = element("div", "layer " + n + (data.in_place ? ", at " : ", after "));
   head.append(element("code", data.labels[l]));
   both.append(...sides.map((side) => candidates(side, n, l)));
   showTip([head, both, ...versus(n, l).map((line) => element("div", line))], td.getBoundingClientRect());
@@ -60,7 +60,7 @@ function words(td) {
   const [n, l] = place(td), named = (side) => data.b ? side.toUpperCase() + ": " : "";
   const said = (side) => named(side) + data[side].top_ids[n][l].slice(0, 3)
     .map((id, k) => data.words[id] + " " + data[side].top_probs[n][l][k].toFixed(3)).join(", ") + "; " + measures(side, n, l).join(", ");
-  return ["layer " + n + ", after " + data.labels[l], ...sides.map(said), ...versus(n, l)].join(". ");
+  return ["layer " + n + (data.in_place ? ", at " : ", after ") + data.labels[l], ...sides.map(said), ...versus(n, l)].join(". ");
 }
 
 const unmark = () => document.querySelectorAll("td.column").forEach((td) => td.classList.remove("column"));

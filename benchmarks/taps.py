@@ -100,6 +100,7 @@ def lens_model(model: Decoder) -> Any:
         d_model=c.hidden_size,
         d_head=c.head_dim,
         n_heads=c.num_attention_heads,
+        n_key_value_heads=None if c.num_key_value_heads == c.num_attention_heads else c.num_key_value_heads,
         n_ctx=c.max_position_embeddings,
         d_mlp=c.intermediate_size,
         d_vocab=c.vocab_size,
@@ -112,10 +113,11 @@ def lens_model(model: Decoder) -> Any:
         rotary_dim=c.head_dim,
         rotary_adjacent_pairs=False,
         device="cpu",
+        dtype=model.dtype,
     )
     peer = HookedTransformer(settings)
     state, N = peer.state_dict(), c.num_attention_heads
-    heads = lambda w: w.unflatten(0, (N, -1)).transpose(1, 2)  # noqa: E731  (N H) D -> N D H
+    heads = lambda w: w.unflatten(0, (-1, c.head_dim)).transpose(1, 2)  # noqa: E731  (N H) D -> N D H
     state["embed.W_E"] = model.model.embed_tokens.weight
     state["unembed.W_U"] = model.lm_head.weight().T
     state["ln_final.w"] = model.model.norm.weight  # type: ignore[union-attr,assignment]
@@ -123,7 +125,8 @@ def lens_model(model: Decoder) -> Any:
         block: Any = layer
         attention, mlp = block.self_attn, block.mlp
         for letter in "QKV":
-            state[f"blocks.{n}.attn.W_{letter}"] = heads(getattr(attention, f"{letter.lower()}_proj").weight())
+            shared = "_" if letter in "KV" and c.num_key_value_heads != N else ""
+            state[f"blocks.{n}.attn.{shared}W_{letter}"] = heads(getattr(attention, f"{letter.lower()}_proj").weight())
         state[f"blocks.{n}.attn.W_O"] = attention.o_proj.weight().T.unflatten(0, (N, -1))
         state[f"blocks.{n}.mlp.W_gate"] = mlp.gate_proj.weight().T
         state[f"blocks.{n}.mlp.W_in"] = mlp.up_proj.weight().T

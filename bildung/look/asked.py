@@ -168,3 +168,31 @@ def mask_id_of(lm: LanguageModel) -> int | None:
 def asked(lm: LanguageModel, answer: Sequence[int] = ()) -> Asked:
     """A loaded model with its question; see `Asked`."""
     return Asked(lm.model, answer, mask_id_of(lm))
+
+
+def classes_of(lm: LanguageModel) -> dict[int, str]:
+    """The names of a classifier's classes, where its config names them."""
+    return {int(number): str(name) for number, name in (lm.config.raw.get("id2label") or {}).items()}
+
+
+def one_token(lm: LanguageModel, text: str | int) -> int:
+    """The id of a text that is one token. Raises DataError."""
+    if isinstance(text, int):
+        return text
+    ids = lm.tokenizer.encode(text, bos=False)
+    if len(ids) != 1:
+        parts = ", ".join(repr(lm.tokenizer.token_of(number)) for number in ids)
+        raise DataError(f"{text!r} is {len(ids)} tokens ({parts}); a logit belongs to one. A space may be part of it.")
+    return ids[0]
+
+
+def answer_number(lm: LanguageModel, model: Asked, target: str | int, count: int) -> int:
+    """Which of the logits is meant: a class by name or number, a token by its text or id. Raises DataError."""
+    if not model.has_classes:
+        return one_token(lm, target)
+    names = {name: number for number, name in classes_of(lm).items()}
+    if isinstance(target, str) and target in names:
+        return names[target]
+    if str(target).isdigit() and int(target) < count:
+        return int(target)
+    raise DataError(f"{target!r} is no class of this model; {', '.join(names) or f'0 to {count - 1}'} are.")

@@ -1,6 +1,7 @@
 """See which heads, layers and neurons wrote a prediction: direct logit attribution, of a logit or of a difference.
 
     bildung look attribution MODEL OUT --prompt "The capital of France is" --target " Paris" --against " London"
+    bildung look attribution T5 OUT --prompt "a source" --answer "what it has answered so far"
 
 OUT gets attribution.html (one file, works offline), attribution.json and shares.safetensors. The shares add up to the
 logit; what they mean, and do not mean, is in look/decompose.py.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +24,10 @@ from bildung.core.errors import DataError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
+from bildung.look.asked import Asked, answer_number, classes_of
 from bildung.look.decompose import decompose
 from bildung.look.page import command_of, look_page
-from bildung.look.prompt import encode_prompt, label
+from bildung.look.prompt import label, text_in
 from bildung.model.store import LanguageModel, load
 
 LONGEST = 512  # tokens
@@ -37,9 +40,10 @@ class Settings:
 
     prompt: str  # the text to read
     chat: bool = False  # the prompt is a user's turn, put through the model's chat template
-    target: str | None = None  # the next token whose logit is explained (its space too); default: the likeliest
+    answer: str = ""  # what an encoder-decoder has answered the prompt so far
+    target: str | None = None  # the next token (or class) whose logit is explained; default: the likeliest
     against: str | None = None  # explain the target's logit minus this token's
-    position: int = -1  # of the prompt's tokens, after which is predicted; negative from the end
+    position: int = -1  # of the prompt's (the answer's) tokens, after which is predicted; negative from the end
     max_tokens: int = LONGEST  # refuse longer prompts
 
 
@@ -57,6 +61,9 @@ class Attribution:
     heads_NH: Tensor
     neurons_NF: Tensor | None
     sources_NHS: Tensor | None  # a head's share by the position it read
+    cross_NH: Tensor | None = None  # of heads that look at a source
+    cross_sources_NHS: Tensor | None = None  # by the source's positions
+    source_labels: tuple[str, ...] = ()
 
 
 def attribution(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
@@ -68,12 +75,14 @@ def attribution(source: Path, out: Path, settings: Settings, *, force: bool = Fa
             lm,
             settings.prompt,
             chat=settings.chat,
+            answer=settings.answer,
             target=settings.target,
             against=settings.against,
             position=settings.position,
             max_tokens=settings.max_tokens,
         )
         tensors = {"heads": found.heads_NH, "neurons": found.neurons_NF, "sources": found.sources_NHS}
+        tensors |= {"cross_heads": found.cross_NH, "cross_sources": found.cross_sources_NHS}
         kept = {name: one.float().contiguous() for name, one in tensors.items() if one is not None}
         save_file(kept, job.out / "shares.safetensors")
         numbers = as_json(found, model, settings.prompt, settings.chat)
@@ -90,52 +99,55 @@ def attribute(
     prompt: str | Sequence[int] | Tensor,
     *,
     chat: bool = False,
+    answer: str | Sequence[int] = "",
     target: str | int | None = None,
     against: str | int | None = None,
     position: int = -1,
     max_tokens: int = LONGEST,
 ) -> Attribution:
-    """Shares of the logit of the token that follows `position`, or of a difference of two logits.
+    """Shares of the logit of the token that follows `position`, or of a difference of two logits; of a classifier over
+    a decoder, of a class.
 
-    target, against: a text of exactly one token, or a token id; target None is the likeliest token.
-    Raises DataError for a text of several tokens and as `decompose` and `encode_prompt`.
+    target, against: a text of exactly one token, or a token id (a class's name or number); target None is the
+    likeliest. Raises DataError for a text of several tokens and as `decompose` and `encode_prompt`.
     """
-    ids = encode_prompt(lm, prompt, chat, max_tokens)
+    told, ids = text_in(lm, prompt, chat=chat, limit=max_tokens, answer=answer)
     tokens_1L = torch.tensor([ids], device=lm.model.device)
-    aim = one_token(lm, target) if target is not None else -1
-    if aim < 0:
-        decompose(lm.model, tokens_1L, [0], position)  # refuses what cannot be attributed
-        with torch.no_grad():
-            aim = int(lm.model(tokens_1L)[0, position].argmax())
-    other = one_token(lm, against) if against is not None else None
-    found = decompose(lm.model, tokens_1L, [aim] if other is None else [aim, other], position)
+    decompose(told.model, tokens_1L, [0], position)  # refuses what cannot be attributed
+    question = Asked(told.model)
+    if question.has_classes and position not in (-1, len(ids) - 1):
+        raise DataError(f"position {position}: this model's classes are read off its last token.")
+    with torch.no_grad():
+        logits = told.model(tokens_1L)[0] if question.has_classes else told.model(tokens_1L)[0, position]
+    aim = answer_number(told, question, target, len(logits)) if target is not None else int(logits.argmax())
+    other = answer_number(told, question, against, len(logits)) if against is not None else None
+    found = decompose(told.model, tokens_1L, [aim] if other is None else [aim, other], position)
     sign_T = torch.tensor([1.0, -1.0][: 1 if other is None else 2], dtype=torch.float64, device=tokens_1L.device)
     pick = lambda x: None if x is None else (x @ sign_T).cpu()  # noqa: E731
+    classes = classes_of(told) if question.has_classes else None
+    name = partial(_name, lm, classes)
     heads_NH = pick(found.heads_NHT())
     assert heads_NH is not None
+    crosses = found.cross_sources_NHST is not None
     return Attribution(
         tokens=ids,
         labels=[label(lm.tokenizer, number) for number in ids],
         position=position % len(ids),
-        target=(aim, label(lm.tokenizer, aim)),
-        against=None if other is None else (other, label(lm.tokenizer, other)),
+        target=(aim, name(aim)),
+        against=None if other is None else (other, name(other)),
         logit=float(found.logits_T @ sign_T),
-        shares={name: float(share @ sign_T) for name, share in found.shares.items()},
+        shares={writer: float(share @ sign_T) for writer, share in found.shares.items()},
         heads_NH=heads_NH,
         neurons_NF=pick(found.neurons_NFT),
         sources_NHS=pick(found.sources_NHST),
+        cross_NH=pick(found.heads_NHT("cross")) if crosses else None,
+        cross_sources_NHS=pick(found.cross_sources_NHST),
+        source_labels=tuple(label(lm.tokenizer, number) for number in getattr(told.model, "source", ())),
     )
 
 
-def one_token(lm: LanguageModel, text: str | int) -> int:
-    """The id of a text that is one token. Raises DataError."""
-    if isinstance(text, int):
-        return text
-    ids = lm.tokenizer.encode(text, bos=False)
-    if len(ids) != 1:
-        parts = ", ".join(repr(label(lm.tokenizer, number)) for number in ids)
-        raise DataError(f"{text!r} is {len(ids)} tokens ({parts}); a logit belongs to one. A space may be part of it.")
-    return ids[0]
+def _name(lm: LanguageModel, classes: dict[int, str] | None, number: int) -> str:
+    return label(lm.tokenizer, number) if classes is None else classes.get(number, str(number))
 
 
 def as_json(found: Attribution, model: str, prompt: str, chat: bool) -> dict[str, Any]:
@@ -155,10 +167,19 @@ def as_json(found: Attribution, model: str, prompt: str, chat: bool) -> dict[str
         "shares": shares,
         "largest": [{"name": name, "share": _short(found.shares[name])} for name in largest],
         "heads": [[_short(value) for value in row] for row in found.heads_NH.tolist()],
+        "cross": []
+        if found.cross_NH is None
+        else [[_short(value) for value in row] for row in found.cross_NH.tolist()],
+        "source_labels": list(found.source_labels),
         "mlps": [_short(found.shares.get(f"layers.{n}.mlp", 0.0)) for n in range(len(found.heads_NH))],
         "neurons": _neurons(found),
-        "sources": _sources(found),
+        "sources": _sources(found.heads_NH, found.sources_NHS),
+        "cross_sources": [] if found.cross_NH is None else _sources(found.cross_NH, found.cross_sources_NHS),
     }
+
+
+def _rounded(values_NH: Tensor) -> list[list[float]]:
+    return [[_short(value) for value in row] for row in values_NH.tolist()]
 
 
 def _neurons(found: Attribution) -> list[dict[str, Any]]:
@@ -169,18 +190,18 @@ def _neurons(found: Attribution) -> list[dict[str, Any]]:
     return [{"layer": n, "neuron": f, "share": _short(float(found.neurons_NF[n, f]))} for n, f in pairs]
 
 
-def _sources(found: Attribution) -> list[dict[str, Any]]:
+def _sources(heads_NH: Tensor, sources_NHS: Tensor | None) -> list[dict[str, Any]]:
     """The heads with the largest shares, and what each token they read gave."""
-    if found.sources_NHS is None:
+    if sources_NHS is None:
         return []
-    _, places = found.heads_NH.abs().flatten().topk(min(MOST // 2, found.heads_NH.numel()))
-    pairs = [divmod(int(place), found.heads_NH.shape[1]) for place in places]
+    _, places = heads_NH.abs().flatten().topk(min(MOST // 2, heads_NH.numel()))
+    pairs = [divmod(int(place), heads_NH.shape[1]) for place in places]
     return [
         {
             "layer": n,
             "head": h,
-            "share": _short(float(found.heads_NH[n, h])),
-            "by_token": [_short(value) for value in found.sources_NHS[n, h].tolist()],
+            "share": _short(float(heads_NH[n, h])),
+            "by_token": [_short(value) for value in sources_NHS[n, h].tolist()],
         }
         for n, h in pairs
     ]
@@ -188,25 +209,45 @@ def _sources(found: Attribution) -> list[dict[str, Any]]:
 
 def page(numbers: dict[str, Any], command: str) -> str:
     """attribution.html: heads and layers as a heat map, the largest shares, and where heads read."""
-    highest = max(abs(value) for row in [*numbers["heads"], numbers["mlps"]] for value in row) or 1.0
-    rows = [
-        [cell(value, highest, f"layer {n} head {h}") for h, value in enumerate(row)]
-        + [cell(numbers["mlps"][n], highest, f"layer {n} mlp")]
-        for n, row in enumerate(numbers["heads"])
-    ]
-    strips = [
-        one | {"cells": strip(numbers["labels"], one["by_token"], f"layer {one['layer']} head {one['head']}")}
-        for one in numbers["sources"]
-    ]
-    keys = ("model", "prompt", "chat", "target", "against", "logit", "largest", "neurons", "labels", "position")
+    kinds = {"head": numbers["heads"]} | ({"cross": numbers["cross"]} if numbers["cross"] else {})
+    kinds |= {"mlp": [[value] for value in numbers["mlps"]]}
+    highest = max(abs(value) for rows in kinds.values() for row in rows for value in row) or 1.0
+    named = {
+        kind: [f"{kind} {h}" if kind != "mlp" else kind for h in range(len(rows[0]))] for kind, rows in kinds.items()
+    }
     grid = {
         "title": "Heads and feed-forward layers",
-        "note": "what each adds to the logit",
+        "note": "what each adds to the logit" + ("; cross: heads that look at the source" if numbers["cross"] else ""),
         "corner": "layer",
-        "columns": [*(f"head {h}" for h in range(len(numbers["heads"][0]))), "mlp"],
-        "rows": list(range(len(rows))),
-        "cells": rows,
+        "columns": [name for names in named.values() for name in names],
+        "rows": list(range(len(numbers["heads"]))),
+        "cells": [
+            [
+                cell(value, highest, f"layer {n} {name}")
+                for kind, rows in kinds.items()
+                for name, value in zip(named[kind], rows[n], strict=True)
+            ]
+            for n in range(len(numbers["heads"]))
+        ],
     }
+    read = [
+        ("Where the strongest heads read", "head", numbers["labels"], numbers["sources"]),
+        ("Where the strongest heads read the source", "cross", numbers["source_labels"], numbers["cross_sources"]),
+    ]
+    strips = [
+        {
+            "title": title,
+            "labels": labels[: len(heads[0]["by_token"])],
+            "heads": [
+                one | {"name": name, "cells": strip(labels, one["by_token"], name)}
+                for one in heads
+                for name in [f"layer {one['layer']} {kind} {one['head']}"]
+            ],
+        }
+        for title, kind, labels, heads in read
+        if heads
+    ]
+    keys = ("model", "prompt", "chat", "target", "against", "logit", "largest", "neurons", "labels", "position")
     shown = {key: numbers[key] for key in keys}
     return look_page("attribution.html", grid=grid, highest=highest, strips=strips, command=command, **shown)
 

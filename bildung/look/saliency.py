@@ -21,7 +21,8 @@ from bildung.core.errors import DataError, nearest
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.look.attribution import one_token, strip
+from bildung.look.asked import one_token
+from bildung.look.attribution import strip
 from bildung.look.input_attribution import (
     Method,
     Saliency,

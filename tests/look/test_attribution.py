@@ -11,12 +11,14 @@ import torch
 import bildung
 from bildung.core.errors import DataError
 from bildung.look import attribution as operation
+from bildung.look.asked import with_source
 from bildung.look.attribution import attribute
 from bildung.look.decompose import decompose
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.linear import replace_stores
 from bildung.model.quantized import Nf4
+from bildung.model.store import LanguageModel
 from bildung.model.taps import attach, intervene, observe
 from tests.contract.test_families import CONFIGS, TARGET, made
 from tests.model.test_linear import with_lora
@@ -59,6 +61,32 @@ def test_shares_add_up_where_norms_stand_elsewhere_or_layers_are_missing(stack: 
     found = decompose(model, TARGET[:1], list(range(260)))
     with torch.no_grad():
         torch.testing.assert_close(found.matrix().sum(0).float(), model(TARGET[:1])[0, -1], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "transformer"])
+def test_shares_of_an_answer_add_up_with_the_heads_that_read_the_source(family: str) -> None:
+    lm = with_source(made(family), [5, 6, 7, 8, 257])
+    with torch.no_grad():
+        logits_LV = lm.model(TARGET[:1])[0]
+    found = decompose(lm.model, TARGET[:1], list(range(260)), 4)
+    torch.testing.assert_close(found.matrix().sum(0).float(), logits_LV[4], atol=1e-4, rtol=1e-5)
+    assert found.cross_sources_NHST is not None and found.cross_sources_NHST.shape[2] == 5
+    torch.testing.assert_close(found.cross_sources_NHST.sum(2), found.heads_NHT("cross"), atol=1e-4, rtol=1e-4)
+    with intervene(lm.model, {"decoder.layers.1.cross.z[:, 4, 2]": torch.zeros_like}):
+        assert (decompose(lm.model, TARGET[:1], [8], 4).shares["layers.1.cross.head.2"] == 0).all()
+    told = attribute(made(family), [5, 6, 7, 8, 257], answer=[258, 9], target=11)
+    assert sum(told.shares.values()) == pytest.approx(told.logit, abs=1e-4) and len(told.source_labels) == 5
+
+
+def test_shares_of_a_class() -> None:
+    config = from_dict({"model_type": "llama", **CONFIGS["llama"], "architectures": ["LlamaForSequenceClassification"],
+                        "id2label": {"0": "bad", "1": "good"}})  # fmt: skip
+    lm = LanguageModel(build(config, seed=3).eval(), tiny_lm().tokenizer, config)
+    found = attribute(lm, "ab cd", target="good", against="bad")
+    with torch.no_grad():
+        bad, good = lm.model(torch.tensor([found.tokens]))[0].tolist()
+    assert found.logit == pytest.approx(good - bad, abs=1e-5)
+    assert sum(found.shares.values()) == pytest.approx(good - bad, abs=1e-5) and found.target == (1, "good")
 
 
 @pytest.mark.parametrize("variant", ["tuned", "quantized"])
@@ -112,5 +140,6 @@ def test_the_page_the_numbers_and_what_is_refused(tmp_path: Path) -> None:
     attach(lm.model, "layers.0.mlp.out", Scale(0.3))
     with pytest.raises(DataError, match=r"attached at layers\.0\.mlp\.out"):
         attribute(lm, "abc")
-    with pytest.raises(DataError, match="logits of a decoder"):
-        decompose(made("rnn").model, TARGET[:1], [3])
+    for family, why in (("rnn", "no sum of what its parts write"), ("bert", "a layer that is not linear")):
+        with pytest.raises(DataError, match=why):
+            decompose(made(family).model, TARGET[:1], [3])

@@ -45,7 +45,7 @@ class Options:
     batch_size: int = 128  # examples of a step
     learning_rate: float = 1e-3  # of Adam; halved after an epoch without a better loss
     weight_decay: float = 0.0  # L2 on the weights
-    patience: int = 4  # stop after so many epochs without a better loss on the development part
+    patience: int = 5  # stop after so many epochs without a better loss on the development part, as the published code
 
     def check(self) -> None:
         """Raises SettingsError for a number out of range."""

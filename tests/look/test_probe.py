@@ -49,6 +49,7 @@ def test_a_probe_of_the_type_is_not_selective_and_one_of_the_property_is() -> No
     accuracy, control, selectivity = (
         values.mean(-1) for values in (found.score_PSR, found.control_PSR, found.selectivity_PSR)
     )
+    assert torch.equal(found.selectivity_PSR, found.score_PSR - found.control_PSR)
     # One-hot types: the control task is memorised to the last word, the property only as far as the type tells it.
     assert control[:, 0].min() == 1 and selectivity[:, 0].max() < 0
     assert accuracy[:, 0] == pytest.approx(found.by_type, abs=0.04)
@@ -69,14 +70,36 @@ def test_bits_are_few_where_the_label_can_be_read_off() -> None:
     assert control_by_type < 0.6 < 0.9 < control_by_feature
 
 
-def test_control_labels_are_one_per_type_and_follow_the_distribution_of_tokens() -> None:
-    types = [f"{i}" for i in range(4000)] * 2
-    labels_N = (torch.arange(8000) % 10 == 0).long()  # 10 % are 1
+def test_control_labels_are_those_of_the_published_code() -> None:
+    """control-tasks/task.py, CorruptedPartOfSpeechLabelTask: types as written, of all parts together; one label
+    each, wherever it stands; drawn from the distribution of tags over tokens, not over types."""
+    types = [f"{i}" for i in range(4000)] + ["the"] * 12000 + [f"{i}" for i in reversed(range(4000))]
+    labels_N = torch.tensor([name == "the" for name in types]).long()  # 60 % of the tokens, 1 of 4001 types
     drawn = control_labels(types, labels_N, seed=3)
-    assert torch.equal(drawn[:4000], drawn[4000:])
-    assert drawn.float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert torch.equal(drawn[:4000], drawn[-4000:].flip(0)) and len(drawn[4000:16000].unique()) == 1
+    assert drawn[:4000].float().mean().item() == pytest.approx(0.6, abs=0.03)
     assert torch.equal(drawn, control_labels(types, labels_N, seed=3))
     assert not torch.equal(drawn, control_labels(types, labels_N, seed=4))
+    cased = control_labels(["May", "may"] * 200, torch.arange(400) // 2, seed=0)
+    assert cased[0] != cased[1] and len(cased.unique()) == 2
+
+
+def test_probes_stop_where_the_published_code_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """control-tasks/regimen.py: Adam at 1e-3, and the end at the fifth look at the development part without a loss that
+    is 0.001 better."""
+    steps: list[float] = []
+    step = torch.optim.Adam.step
+
+    def counted(self: torch.optim.Adam, *given: Any) -> Any:
+        steps.append(self.param_groups[0]["lr"])
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    x_NF, y_N = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 2
+    probe = train_probe("linear", Options(), (x_NF, y_N), (x_NF, 1 - y_N), 2, seed=0)  # learning makes it worse
+    assert len(steps) == 6 and steps[:3] == [1e-3, 1e-3, 5e-4]
+    again = train_probe("linear", Options(epochs=1), (x_NF, y_N), (x_NF, 1 - y_N), 2, seed=0)
+    assert torch.equal(probe.layers[0].weight, again.layers[0].weight)  # the best is kept, here the first
 
 
 def test_online_code_is_the_sum_of_its_stretches() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 from bildung.core.errors import DataError, NoSuchSite
 from bildung.data.seq2seq import text_frame
 from bildung.data.tagged import Label, Tagged, prose
+from bildung.look.vectors import Vectors
 from bildung.model.store import LanguageModel
 from bildung.model.taps import match_sites, observe, sites
 from bildung.tokens.frames import Frame, decoder_frame, encode_sentence, frame_of
@@ -141,18 +143,30 @@ def vector_sites(lm: LanguageModel, patterns: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def collect(lm: LanguageModel, reads: Sequence[Read], chosen: Sequence[str]) -> dict[str, Tensor]:
+def collect(
+    lm: LanguageModel,
+    reads: Sequence[Read],
+    chosen: Sequence[str],
+    *,
+    folder: Path | None = None,
+    most_bytes: float = 0.0,
+    advance: Callable[[int], None] = lambda texts: None,
+) -> dict[str, Tensor]:
     """{site: vectors NF, on the CPU, in the type the model runs in}, in the order of reads and their picks.
 
-    Each text is read once, whatever the number of sites. Memory: N x F numbers for each site.
+    Each text is read once, whatever the number of sites. Memory: N x F numbers for each site; where that is more than
+    `most_bytes`, they lie in files of `folder` (vectors.py), where an interrupted reading goes on.
     """
-    counts = [len(read.picks) for read in reads]
+    counts, batches = [len(read.picks) for read in reads], _batches(reads)
     starts = _running(counts)
-    found: dict[str, Tensor] = {}
+    found = Vectors(sum(counts), len(batches), folder, most_bytes)
     run, was_training = _runner(lm, "logits" in chosen), lm.model.training
     lm.model.eval()
     with observe(lm.model, list(chosen)) as seen:
-        for batch in _batches(reads):
+        for number, batch in enumerate(batches):
+            advance(len(batch))
+            if number < found.done:
+                continue
             L = max(len(reads[i].tokens) for i in batch)
             tokens_BL = torch.zeros(len(batch), L, dtype=torch.int64)
             keep_BL = torch.zeros(len(batch), L, dtype=torch.bool)
@@ -167,14 +181,14 @@ def collect(lm: LanguageModel, reads: Sequence[Read], chosen: Sequence[str]) -> 
                     owners += [len(target)] * len(pick)
                     target.append(starts[i] + offset)
             if not target:
+                found.put({}, [])
                 continue
             run(tokens_BL.to(lm.model.device), keep_BL.to(lm.model.device))
-            for name in chosen:
-                rows_F = seen[name].flatten(2).flatten(0, 1)[torch.tensor(places, device=lm.model.device)]
-                out = found.setdefault(name, torch.empty(sum(counts), rows_F.shape[1], dtype=rows_F.dtype))
-                out[target] = _means(rows_F, owners, len(target)).cpu()
+            at = torch.tensor(places, device=lm.model.device)
+            rows = {name: seen[name].flatten(2).flatten(0, 1)[at] for name in chosen}
+            found.put({name: _means(x, owners, len(target)) for name, x in rows.items()}, target)
     lm.model.train(was_training)
-    return found
+    return found.tensors
 
 
 def _means(rows_F: Tensor, owners: list[int], count: int) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,8 @@ from bildung.look.probes import Kind, Options
 from bildung.look.selectivity import Sweep, mean_and_error, sweep
 from bildung.model.store import LanguageModel, load
 
+VECTORS = "vectors"  # folder of activations, while there are more than the memory shall hold
+
 
 @settings_class
 class Settings:
@@ -56,6 +59,7 @@ class Settings:
     seeds: int = 3  # how often all is repeated, each time with another split, control task and start
     seed: int = 0  # the first of them
     dtype: Literal["float32", "bfloat16"] | None = None  # type to load the model in; default: as stored
+    memory: float = 4.0  # GB of activations held in memory; more are kept in files in OUT until the probes are trained
     options: Options = field(default_factory=Options)  # how probes are made and trained
 
 
@@ -74,7 +78,8 @@ def probe(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 
     def work(job: Job) -> None:
         lm = load(source, settings.dtype)
-        found = probe_model(lm, settings)
+        found = probe_model(lm, settings, job.out / VECTORS)
+        shutil.rmtree(job.out / VECTORS, ignore_errors=True)
         numbers = as_json(found, settings, Path(source).name) | {"command": command_of(job)}
         (job.out / "probe.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         draw(numbers, job.out / "probe.png")
@@ -89,12 +94,15 @@ def probe(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 def check(given: Settings) -> None:
     """Raises SettingsError for a number out of range."""
     given.options.check()
-    if given.seeds < 1 or given.max_length < 4 or not given.probes:
-        raise SettingsError("seeds is at least 1, max_length at least 4, and probes names at least one kind.")
+    if given.seeds < 1 or given.max_length < 4 or given.memory < 0 or not given.probes:
+        raise SettingsError(
+            "seeds is at least 1, max_length at least 4, memory at least 0, and probes names at least one kind."
+        )
 
 
-def probe_model(lm: LanguageModel, given: Settings) -> Probed:
-    """Read the data through the model once, then train and test every probe. Runs where the model is."""
+def probe_model(lm: LanguageModel, given: Settings, folder: Path | None = None) -> Probed:
+    """Read the data through the model once, then train and test every probe. Runs where the model is. folder: where
+    activations go that are too many for the memory; an interrupted reading goes on there."""
     check(given)
     sites = vector_sites(lm, given.sites)
     longest = min(given.max_length, getattr(lm.config, "max_position_embeddings", None) or given.max_length)
@@ -106,8 +114,9 @@ def probe_model(lm: LanguageModel, given: Settings) -> Probed:
     else:
         texts, notes = read_texts(given)
         units = text_units(lm, texts, given.piece or "mean", longest)
-    vectors = collect(lm, units.reads, sites)
-    with progress("look probe", given.seeds * len(sites)) as bar:
+    with progress("reading", len(units.reads)) as bar:
+        vectors = collect(lm, units.reads, sites, folder=folder, most_bytes=given.memory * 1e9, advance=bar.advance)
+    with progress("look probe", given.seeds * len(sites) * len(given.probes)) as bar:
         found = sweep(
             vectors, units.labels, units.types, units.sentence, kinds=given.probes, options=given.options,
             seeds=given.seeds, seed=given.seed, bits=given.mdl, device=lm.model.device,

@@ -14,10 +14,12 @@ from torch import Tensor
 import bildung
 from bildung.core.errors import DataError, NoSuchSite
 from bildung.data.tagged import prose, read_tagged
+from bildung.look import activations
 from bildung.look import probe as operation
 from bildung.look.activations import Read, collect, vector_sites, word_units
 from bildung.look.probes import Options, control_labels, online_code, train_probe
 from bildung.look.selectivity import sweep
+from bildung.look.vectors import Vectors
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.int8 import Int8
@@ -225,14 +227,43 @@ def test_sites_are_read_in_one_pass() -> None:
     assert len(calls) == 1
 
 
+def test_vectors_that_are_too_many_lie_in_files_and_a_stopped_reading_goes_on(tmp_path: Path, monkeypatch) -> None:
+    lm, calls = lm_of("llama"), []
+    lm.model.to(torch.bfloat16)
+    run = lm.model.hidden
+
+    def stops(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(*args, **kwargs)
+
+    reads = [Read([5 + n] * (1 + n % 4), [[0]] if n % 3 else []) for n in range(20)]
+    expected = collect(lm, reads, ["layers.1.resid_post", "layers.0.attn.q"])
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 8)
+    monkeypatch.setattr(lm.model, "hidden", stops)
+    given: dict[str, Any] = {"folder": tmp_path / "vectors", "most_bytes": 100.0}
+    with pytest.raises(KeyboardInterrupt):
+        collect(lm, reads, list(expected), **given)
+    found = collect(lm, reads, list(expected), **given)
+    assert len(calls) == 1 + sum(any(reads[i].picks for i in batch) for batch in activations._batches(reads))
+    for name, x in expected.items():
+        assert x.dtype == torch.bfloat16 and torch.allclose(found[name].float(), x.float(), atol=0.05)
+        assert (tmp_path / f"vectors/{name}.bin").stat().st_size == x.numel() * 2
+
+
 @pytest.mark.parametrize("level", ["word", "text"])
-def test_operation_leaves_page_picture_and_numbers(level: str, tmp_path: Path) -> None:
+def test_operation_leaves_page_picture_and_numbers(level: str, tmp_path: Path, monkeypatch, capsys) -> None:
     bildung.save(lm_of("llama"), tmp_path / "lm")
     data = {"data": "mini:brown"} if level == "word" else {"data": "mini:sentiment", "level": "text"}
-    settings = operation.Settings(
-        **data, limit=30, seeds=2, probes=("linear",), options=Options(epochs=2), mdl=level == "text"
-    )
+    kinds = {"probes": ("linear", "mlp"), "memory": 0.0} if level == "word" else {"probes": ("linear",)}
+    settings = operation.Settings(**data, **kinds, limit=30, seeds=2, options=Options(epochs=2), mdl=level == "text")
+    mapped: list[Any] = []
+    map_files = Vectors._map
+    monkeypatch.setattr(Vectors, "_map", lambda self, *given: (mapped.append(self.folder), map_files(self, *given))[1])
     record = operation.probe(tmp_path / "lm", tmp_path / "out", settings)
+    assert len(mapped) == (level == "word") and not (tmp_path / "out/vectors").exists()
+    assert f"look probe  {6 * len(settings.probes)}/{6 * len(settings.probes)}" in capsys.readouterr().err
     numbers = json.loads((tmp_path / "out/probe.json").read_text())
     assert numbers["sites"] == ["layers.0.resid_pre", "layers.0.resid_post", "layers.1.resid_post"]
     scores = numbers["probes"]["linear"]

@@ -32,7 +32,7 @@ def encode_prompt(lm: LanguageModel, prompt: str | Sequence[int] | Tensor, chat:
     """Token ids of a text with what stands around it, or ids as they are. chat: the text is a user's turn, in front of
     the answer's first token.
 
-    Raises DataError for no token, more than `limit`, or an id that the model does not have.
+    Raises DataError for no token, more than `limit` or the model's context, or an id that the model does not have.
     """
     if isinstance(prompt, str):
         if chat:
@@ -41,9 +41,11 @@ def encode_prompt(lm: LanguageModel, prompt: str | Sequence[int] | Tensor, chat:
             ids = encode_text(lm, prompt)[0]
     else:
         ids = [int(number) for number in torch.as_tensor(prompt).flatten()]
-    if not 0 < len(ids) <= limit:
-        remedy = "Shorten it or raise max_tokens." if ids else "Give some text."
-        raise DataError(f"the prompt has {len(ids)} tokens; 1 to {limit} can be looked at. {remedy}")
+    context = lm.config.max_position_embeddings
+    if not 0 < len(ids) <= min(limit, context):
+        remedy = f"Shorten it{' or raise max_tokens' if limit < context else ''}." if ids else "Give some text."
+        what = "can be looked at" if limit < context else f"are the context of this {lm.config.model_type}"
+        raise DataError(f"the prompt has {len(ids)} tokens; 1 to {min(limit, context)} {what}. {remedy}")
     if wrong := [number for number in ids if not 0 <= number < lm.config.vocab_size]:
         raise DataError(f"{wrong[0]} is not a token id; allowed: 0 to {lm.config.vocab_size - 1}.")
     return ids

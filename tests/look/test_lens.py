@@ -95,6 +95,8 @@ def test_text_ids_and_chat_are_read(tmp_path: Path):
     assert lm.tokenizer.decode(logit_lens(lm, "hi", chat=True).tokens).endswith("<user>hi<a>")
     with pytest.raises(DataError, match="1 to 4"):
         logit_lens(lm, TEXT, max_tokens=4)
+    with pytest.raises(DataError, match="129 tokens; 1 to 128 are the context of this llama. Shorten it.$"):
+        logit_lens(lm, "a" * 129)
     with pytest.raises(DataError, match="0 tokens"):
         logit_lens(lm, [])
     with pytest.raises(DataError, match="999"):

@@ -26,7 +26,7 @@ from bildung.look.attribute_extraction import Extraction, extract
 from bildung.look.facts import RELATIONS, facts, relation_of
 from bildung.look.lens import check_writes
 from bildung.look.line_picture import Panel, draw_lines
-from bildung.look.page import data_url, look_page
+from bildung.look.page import command_of, data_url, look_page
 from bildung.look.patchscope import every
 from bildung.look.patchscopes import check_layer
 from bildung.model.store import LanguageModel, load
@@ -64,7 +64,7 @@ def attributes(source: Path, out: Path, settings: Settings, *, force: bool = Fal
     def work(job: Job) -> None:
         lm = load(source, settings.dtype)
         found = extract_relations(lm, settings, job.notes)
-        numbers = as_json(found, Path(source).name, settings)
+        numbers = as_json(found, Path(source).name, command_of(job))
         (job.out / "attributes.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "utf-8")
         draw(numbers, job.out / "attributes.png")
         (job.out / "attributes.html").write_text(page(numbers, job.out / "attributes.png"), encoding="utf-8")
@@ -97,7 +97,7 @@ def extract_relations(lm: LanguageModel, given: Settings, notes: list[str]) -> d
     return found
 
 
-def as_json(found: dict[str, Extraction], model: str, given: Settings) -> dict[str, Any]:
+def as_json(found: dict[str, Extraction], model: str, command: str) -> dict[str, Any]:
     """Everything the page and the picture show: {relation: {line: [per layer: [mean, standard error]]}}."""
     relations = {}
     for name, one in found.items():
@@ -114,8 +114,6 @@ def as_json(found: dict[str, Extraction], model: str, given: Settings) -> dict[s
             "grid": [[round(value, 4) for value in row] for row in grid.tolist()],
             "texts": [one.texts[s * per_fact : (s + 1) * per_fact] for s in range(len(one.facts))],
         }
-    command = f"bildung look attributes {model} OUT --relations {' '.join(given.relations)} --facts {given.facts}"
-    command += f" --step {given.step}" + (f" --dtype {given.dtype}" if given.dtype else "")
     return {"model": model, "relations": relations, "command": command}
 
 

@@ -9,7 +9,8 @@
 
 (Ghandeharioun et al. 2024, section 5: 19.6 % right at once, 50 % repaired, of questions whose two hops the model
 answers one by one.) Right is who is right for any pair of layers, as in the paper; beside it stand one pair of layers,
-chosen on the other half of the questions, pairs with l < l*, and how often the same texts say another's answer. The
+chosen on the other half of the questions, pairs with l < l*, and how often the same texts say another's answer: with
+hundreds of pairs and few currencies, some text says almost anything. Shares have standard errors over questions. The
 paper masks the attention of one text that holds both hops; here the hops are two texts, as in the authors' notebook.
 
 OUT gets multi_hop.html (one file, works offline), multi_hop.png and multi_hop.json with every text.
@@ -20,6 +21,7 @@ OUT gets multi_hop.html (one file, works offline), multi_hop.png and multi_hop.j
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +40,7 @@ from bildung.look.attribute_extraction import others_said, right_elsewhere
 from bildung.look.facts import RELATIONS, Fact, facts, says
 from bildung.look.grid_page import draw_grids
 from bildung.look.lens import check_writes
-from bildung.look.page import look_page
+from bildung.look.page import command_of, look_page
 from bildung.look.patch_targets import target_prompt
 from bildung.look.patchscope import every
 from bildung.look.patchscopes import check_layer, patched_texts
@@ -82,7 +84,8 @@ class Repair:
     at_once_S: Tensor
     texts: list[str]
     hits_SNT: Tensor
-    others_SN: Tensor
+    others_SN: Tensor  # share of the other questions' answers that any target layer's text says
+    others_S: Tensor  # that the text of any pair of layers says
 
 
 def multi_hop(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
@@ -93,13 +96,14 @@ def multi_hop(source: Path, out: Path, settings: Settings, *, force: bool = Fals
     def work(job: Job) -> None:
         lm = load(source, settings.dtype)
         found = repair(lm, settings)
-        numbers = as_json(found, Path(source).name, settings)
+        numbers = as_json(found, Path(source).name, command_of(job))
         (job.out / "multi_hop.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "utf-8")
         draw_grids({**numbers, "grids": [numbers["grid"]]}, job.out / "multi_hop.png")
         (job.out / "multi_hop.html").write_text(page(numbers), encoding="utf-8")
         job.measured = numbers["measured"]
-        for name, value in numbers["measured"].items():
-            print(f"{name}: {value}")
+        print(f"{len(found.questions)} questions, of {found.asked} asked")
+        for name, (mean, error) in numbers["shares"].items():
+            print(f"{name}: {mean:.3f} ± {error:.3f}")
 
     data = fingerprint(RELATIONS["currency"].data)
     return perform("look multi_hop", source, out, settings, work, data=data, force=force)
@@ -134,8 +138,10 @@ def repair(lm: LanguageModel, given: Settings) -> Repair:
     shape = (len(chosen), len(layers), len(theirs))
     hits = [says(text, chosen[r // (shape[1] * shape[2])].answer) for r, text in enumerate(texts)]
     right = torch.tensor([says(text, one.answer) for text, one in zip(at_once, chosen, strict=True)])
-    others_SN = others_said(texts, [Fact(one.given, one.answer) for one in chosen], shape)
-    return Repair(chosen, asked, layers, theirs, right, texts, torch.tensor(hits).view(shape), others_SN)
+    stated = [Fact(one.given, one.answer) for one in chosen]
+    others_SN = others_said(texts, stated, shape)
+    others_S = others_said(texts, stated, (shape[0], 1, shape[1] * shape[2]))[:, 0]
+    return Repair(chosen, asked, layers, theirs, right, texts, torch.tensor(hits).view(shape), others_SN, others_S)
 
 
 def ask(lm: LanguageModel, prompts: Sequence[str], new_tokens: int) -> list[str]:
@@ -166,20 +172,26 @@ def answered_one_by_one(lm: LanguageModel, some: Sequence[Question], given: Sett
     return known[: given.facts], asked
 
 
-def as_json(found: Repair, model: str, given: Settings) -> dict[str, Any]:
-    """Everything the page and the picture show."""
-    hits_SNT = found.hits_SNT
+def as_json(found: Repair, model: str, command: str) -> dict[str, Any]:
+    """Everything the page and the picture show. shares: {measure: [mean, standard error over questions]}."""
+    hits_SNT, others_SN = found.hits_SNT, found.others_SN
     upward_NT = torch.tensor(found.layers)[:, None] < torch.tensor(found.target_layers)
-    pairs_S1P = hits_SNT.flatten(1)[:, None]
-    measured = {
-        "questions whose hops are answered one by one": len(found.questions),
-        "of": found.asked,
+    one_S = right_elsewhere(hits_SNT.flatten(1)[:, None])[:, 0]
+    shares = {
         "right at once": _share(found.at_once_S),
         "repaired, any pair of layers": _share(hits_SNT.flatten(1).any(-1)),
+        "others' answers, any pair of layers": _share(found.others_S),
         "repaired, any pair with l < l*": _share((hits_SNT & upward_NT).flatten(1).any(-1)),
-        "repaired, one pair chosen on the other half": _share(right_elsewhere(pairs_S1P)),
-        "answers of others, any target layer, best layer": round(float(found.others_SN.mean(0).max()), 4),
+        "repaired, one pair chosen on the other half": _share(one_S),
+        "gained by that pair": _share(one_S - found.at_once_S.double()),
+        "others' answers, any target layer, best layer": _share(others_SN[:, int(others_SN.mean(0).argmax())]),
     }
+    measured: dict[str, Any] = {
+        "questions whose hops are answered one by one": len(found.questions),
+        "of": found.asked,
+    }
+    for name, (mean, error) in shares.items():
+        measured |= {name: mean, f"{name}, standard error": error}
     per = hits_SNT.shape[1] * hits_SNT.shape[2]
     best = int(hits_SNT.double().mean(0).argmax())
     layer, target_layer = found.layers[best // hits_SNT.shape[2]], found.target_layers[best % hits_SNT.shape[2]]
@@ -196,24 +208,25 @@ def as_json(found: Repair, model: str, given: Settings) -> dict[str, Any]:
         [one.given, one.middle, one.answer, bool(found.at_once_S[s]), found.texts[s * per + best]]
         for s, one in enumerate(found.questions)
     ]
-    command = f"bildung look multi_hop {model} OUT --facts {given.facts} --step {given.step}"
     return {
-        "title": "two-hop repair", "metric": "right answers", "model": model, "measured": measured, "grid": grid,
-        "rows": rows, "texts": found.texts, "prompts": [FIRST, SECOND],
-        "where": f"layer {layer} into {target_layer}",
-        "command": command + (f" --dtype {given.dtype}" if given.dtype else ""),
+        "title": "two-hop repair", "metric": "right answers", "model": model, "measured": measured, "shares": shares,
+        "grid": grid, "rows": rows, "texts": found.texts, "prompts": [FIRST, SECOND],
+        "where": f"layer {layer} into {target_layer}", "command": command,
     }  # fmt: skip
 
 
-def _share(right_S: Tensor) -> float:
-    return round(float(right_S.double().mean()), 4)
+def _share(right_S: Tensor) -> list[float]:
+    values = right_S.double()
+    return [round(float(values.mean()), 4), round(float(values.std(correction=1)) / math.sqrt(len(values)), 4)]
 
 
 def page(numbers: dict[str, Any]) -> str:
     """multi_hop.html."""
-    grid = numbers["grid"]
+    grid, measured = numbers["grid"], numbers["measured"]
+    facts_line = [(name, measured[name]) for name in list(measured)[:2]]
+    facts_line += [(name, f"{mean:.2f} ± {error:.2f}") for name, (mean, error) in numbers["shares"].items()]
     cells = [
         [{"text": f"{v:.2f}", "v": v, "style": "strong" if v > 0.66 else "", "title": f"{v:.3f}"} for v in row]
         for row in grid["values"]
     ]
-    return look_page("multi_hop.html", **{**numbers, "grid": grid | {"cells": cells}})
+    return look_page("multi_hop.html", **{**numbers, "facts": facts_line, "grid": grid | {"cells": cells}})

@@ -40,6 +40,9 @@ def test_repair_is_a_patchscope_of_the_first_hop(
     assert numbers["grid"]["values"][0][1] == 0.5
     assert record.measured["repaired, any pair of layers"] == record.measured["repaired, any pair with l < l*"] == 0.5
     assert record.measured["of"] == 7 and record.measured["right at once"] == 0
+    assert numbers["shares"]["repaired, any pair of layers"] == [0.5, 0.5]  # one of two: sqrt(1/2) / sqrt(2)
+    assert record.measured["right at once, standard error"] == 0 and numbers["shares"]["gained by that pair"][0] >= 0
+    assert numbers["command"].endswith("OUT --step 1 --new-tokens 4")
     html = (tmp_path / "out" / "multi_hop.html").read_text()
     assert "class HeatMap" in html  # the shared script is in it
     assert "&lt;Oslo&gt;" in html and "<Oslo>" not in html

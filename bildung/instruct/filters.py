@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from bildung.instruct.rouge import Pool
 
-FEWEST_WORDS, MOST_WORDS, SIMILAR = 4, 150, 0.7
+FEWEST_WORDS, MOST_WORDS, SIMILAR, MOST_INSTANCES = 4, 150, 0.7, 5
 # What needs eyes, a disk or legs. As whole words, in any case.
 IMPOSSIBLE = (
     "image images graph graphs picture pictures file files map maps draw plot video audio music flowchart diagram"
@@ -63,6 +63,9 @@ def keep_instances(found: Sequence[Instance], cut_off: bool) -> tuple[list[Insta
     if cut_off and kept:
         kept.pop()
         dropped["cut off"] += 1
+    if len(kept) > MOST_INSTANCES:
+        dropped[f"after the first {MOST_INSTANCES}"] += len(kept) - MOST_INSTANCES
+        kept = kept[:MOST_INSTANCES]
     outputs: dict[str, set[str]] = defaultdict(set)
     for one in kept:
         outputs[one.input.strip()].add(one.output.strip())

@@ -15,9 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bildung.instruct.filters import Instance
-
-MOST_INSTANCES = 5
+from bildung.instruct.filters import MOST_INSTANCES, Instance
 
 
 @dataclass(frozen=True)
@@ -35,11 +33,10 @@ def ask_for_instructions(shown: Sequence[str]) -> str:
     return "\n".join(["Come up with a series of tasks:", *lines, f"{len(shown) + 1}."])
 
 
-def read_instructions(text: str, shown: int, cut_off: bool) -> list[str]:
-    """The tasks of a continuation; without the last one, if the text was cut off."""
+def read_instructions(text: str, shown: int) -> list[str]:
+    """The tasks of a continuation, empty ones too."""
     parts = re.split(r"\n\s*\d{1,3}\s*\.\s+", f"\n{shown + 1}. {text.lstrip()}")[1:]
-    found = [_one_line(part) for part in parts]
-    return [one for one in (found[:-1] if cut_off else found) if one]
+    return [_one_line(part) for part in parts]
 
 
 def ask_for_kind(shown: Sequence[SeedTask], instruction: str) -> str:
@@ -76,13 +73,13 @@ def _written(instances: Sequence[Instance], output_first: bool) -> str:
 
 
 def read_instances(text: str, output_first: bool) -> list[Instance]:
-    """The examples in an answer, at most five; what has no output is none."""
+    """The examples in an answer; what has no output is none."""
     found = []
     for block in re.split(r"(?:^|\n)\s*Example \d+\s*:?\s*\n?", text.partition("\nTask:")[0]):
         input_text, output = _field(block, "Input", "Output"), _field(block, "Output", "Input")
         if output is not None and (input_text is not None or not output_first):
             found.append(Instance(input_text or "", output))
-    return found[:MOST_INSTANCES]
+    return found
 
 
 def _field(block: str, name: str, other: str) -> str | None:

@@ -93,17 +93,20 @@ def self_instruct(source: Path | str, out: Path, settings: Settings, *, force: b
 
 def make(job: Job, writer: Remembering, given: Settings) -> None:
     """All steps with any writer; fills in the job's numbers and writes its files."""
-    seeds = read_seeds(given.seeds)
+    seeds, notes = read_seeds(given.seeds)
+    job.notes += notes
     if writer.remembered:
         job.notes.append(f"{writer.remembered} answers of a run that broke off were used")
     instructions, dropped = new_instructions(writer, seeds, given)
-    kinds = _kinds(writer, seeds, instructions, given)
+    seen = len(instructions) + dropped.total()
+    kinds = _kinds(writer, seeds, instructions, given, dropped)
     tasks = _instances(writer, seeds, instructions, kinds, given, dropped)
     lines = [{"instruction": task.instruction, **asdict(one)} for task in tasks for one in task.instances]
     if not lines:
         raise DataError(
             f"nothing that the model wrote was kept: {', '.join(f'{n} {reason}' for reason, n in dropped.items())}. "
-            f"It may be too small for this, or want its chat template (chat)."
+            f"It may be too small for this, or want its chat template (chat). Its answers lie in {writer.path}; delete "
+            f"that file to ask anew."
         )
     _write_lines(job.out / INSTANCES, lines)
     _write_lines(job.out / TASKS, [asdict(task) for task in tasks])
@@ -111,6 +114,7 @@ def make(job: Job, writer: Remembering, given: Settings) -> None:
     job.measured |= {
         "seed_tasks": len(seeds),
         "prompts": writer.asked,
+        "instructions_seen": seen,
         "instructions": len(instructions),
         "classifications": sum(kinds),
         "instructions_with_instances": sum(bool(task.instances) for task in tasks),
@@ -121,12 +125,13 @@ def make(job: Job, writer: Remembering, given: Settings) -> None:
         job.notes.append(
             f"{len(instructions)} of {given.instructions} instructions after all prompts that were allowed"
         )
-    print(f"{len(instructions)} instructions, {len(lines)} instances; thrown away:")
+    print(*notes, f"{len(instructions)} instructions of {seen}, {len(lines)} instances; thrown away:", sep="\n")
     print(*(f"  {count:>6}  {reason}" for reason, count in dropped.most_common()), sep="\n")
 
 
-def read_seeds(source: str) -> list[SeedTask]:
-    """The seed tasks. Raises DataError for fewer than two, which cannot be shown as a series."""
+def read_seeds(source: str) -> tuple[list[SeedTask], list[str]]:
+    """(the seed tasks, what was not used). Raises DataError for fewer than two, which cannot be shown as a series."""
+    there = set[str]()
 
     def usable(row: Row) -> SeedTask:
         instruction, instances = row.get("instruction"), row.get("instances")
@@ -138,16 +143,25 @@ def read_seeds(source: str) -> list[SeedTask]:
             raise Unusable("an instance without output") from None
         if not pairs:
             raise Unusable("no instances")
-        return SeedTask(instruction, pairs, bool(row.get("is_classification")))
+        kind = row.get("is_classification") or False
+        if kind not in (True, False):
+            raise Unusable("is_classification is neither true nor false")
+        if instruction in there:
+            raise Unusable("the instruction of another")
+        there.add(instruction)
+        return SeedTask(instruction, pairs, bool(kind))
 
     found = rows(source).then(usable)
     seeds = list(found)
     if len(seeds) < 2 or not any(seed.is_classification for seed in seeds) or all(s.is_classification for s in seeds):
-        raise DataError(
-            f"{source} has {len(seeds)} usable seed tasks ({found.report() or 'none dropped'}); at least two are "
-            f"needed, one that is a classification (is_classification) and one that is none."
+        there_are = (
+            f"{len(seeds)} usable seed task{'' if len(seeds) == 1 else 's'} ({found.report() or 'none dropped'})"
         )
-    return seeds
+        raise DataError(
+            f"{source} has {there_are}; at least two are needed, one that is a classification (is_classification) and "
+            f"one that is none."
+        )
+    return seeds, [f"{source}: {report}"] if (report := found.report()) else []
 
 
 def new_instructions(writer: Remembering, seeds: Sequence[SeedTask], given: Settings) -> tuple[list[str], Counter[str]]:
@@ -162,10 +176,16 @@ def new_instructions(writer: Remembering, seeds: Sequence[SeedTask], given: Sett
         manner = Manner(given.new_tokens, **NEW_INSTRUCTIONS)  # type: ignore[arg-type]
         replies = writer.write([ask_for_instructions(one) for one in shown], manner, given.seed + first)
         for one, reply in zip(shown, replies, strict=True):
-            for text in read_instructions(reply.text, len(one), reply.cut_off):
-                if (reason := why_not_instruction(text, pool)) is not None:
+            written = read_instructions(reply.text, len(one))
+            if reply.cut_off:
+                written.pop()
+                dropped["cut off"] += 1
+            for text in written:
+                if len(found) == given.instructions:
+                    dropped["more than were asked for"] += 1
+                elif (reason := why_not_instruction(text, pool)) is not None:
                     dropped[reason] += 1
-                elif len(found) < given.instructions:
+                else:
                     found.append(text)
                     pool.add(text)
         if len(found) >= given.instructions:
@@ -183,8 +203,15 @@ def _shown(seeds: Sequence[SeedTask], found: Sequence[str], draw: str) -> list[s
     return shown
 
 
-def _kinds(writer: Remembering, seeds: Sequence[SeedTask], instructions: Sequence[str], given: Settings) -> list[bool]:
-    """Of each instruction whether it is a classification; an answer that is neither yes nor no counts as no."""
+def _kinds(
+    writer: Remembering,
+    seeds: Sequence[SeedTask],
+    instructions: Sequence[str],
+    given: Settings,
+    dropped: Counter[str],
+) -> list[bool]:
+    """Of each instruction whether it is a classification; an answer that is neither yes nor no counts as no, and is
+    counted in `dropped`."""
     generator = random.Random(f"kinds {given.seed}")
     half = SHOWN_KINDS // 2
     shown = _some(generator, [s for s in seeds if s.is_classification], half)
@@ -192,7 +219,10 @@ def _kinds(writer: Remembering, seeds: Sequence[SeedTask], instructions: Sequenc
     generator.shuffle(shown)
     prompts = [ask_for_kind(shown, one) for one in instructions]
     replies = _in_batches(writer, prompts, Manner(3), given)
-    return [read_kind(text) is True for text, _ in replies]
+    kinds = [read_kind(text) for text, _ in replies]
+    if None in kinds:
+        dropped["classification or not: neither yes nor no, taken for no"] += kinds.count(None)
+    return [kind is True for kind in kinds]
 
 
 def _instances(

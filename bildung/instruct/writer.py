@@ -22,7 +22,7 @@ from typing import Protocol
 
 import httpx2
 
-from bildung.core.errors import BildungError, DataError
+from bildung.core.errors import BildungError, DataError, SettingsError
 from bildung.model.store import LanguageModel
 from bildung.run.decode import Sampling
 from bildung.run.generate import encode_prompt
@@ -86,6 +86,8 @@ class EndpointWriter:
     """A server that speaks OpenAI's API. url: up to and with /v1. Raises EndpointError after several tries."""
 
     def __init__(self, url: str, model: str, chat: bool = False, wait_s: float = FIRST_WAIT_S):
+        if not url.startswith(("http://", "https://")):
+            raise SettingsError(f"endpoint = {url!r}; give a server's address, such as http://localhost:8000/v1.")
         self.url, self.model, self.chat, self.wait_s = url.rstrip("/"), model, chat, wait_s
         key = os.environ.get(KEY)
         self.client = httpx2.Client(timeout=TIMEOUT_S, headers={"Authorization": f"Bearer {key}"} if key else {})
@@ -120,6 +122,10 @@ class EndpointWriter:
                 return self._read(answer, place)
             if answer.status_code not in (408, 409, 429) and answer.status_code < 500:
                 break  # asking again would not help
+        if said.startswith(("status 401", "status 403")):
+            said += (
+                f"; the environment variable {KEY} holds the key, and is {'set' if KEY in os.environ else 'not set'}"
+            )
         raise EndpointError(
             f"{place} did not answer ({said}). What was answered before is kept: run the same command again to go on."
         )

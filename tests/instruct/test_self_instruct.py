@@ -85,7 +85,7 @@ def test_from_seeds_to_conversations(source: Path, tmp_path: Path, monkeypatch: 
     audit = (tmp_path / "out" / "audit.md").read_text(encoding="utf-8")
     assert audit.count("- output:") == 16
     lists = [prompt for prompt in writer.prompts if prompt.startswith("Come up")]
-    seeds = {seed.instruction for seed in read_seeds("mini:seed_tasks")}
+    seeds = {seed.instruction for seed in read_seeds("mini:seed_tasks")[0]}
     shown = [re.findall(r"\n\d+\. (.*)", prompt) for prompt in lists]
     assert [sum(one not in seeds for one in them) for them in (shown[0], shown[-1])] == [0, 2]
     assert all(len(them) == 8 for them in shown)
@@ -132,30 +132,56 @@ def test_nothing_kept_is_an_error_with_its_reasons(source: Path, tmp_path: Path,
     silent = Told()
     silent.write = lambda prompts, manner, seed: [Reply(" 1", False)] * len(prompts)  # type: ignore[method-assign]
     monkeypatch.setattr(module, "LocalWriter", lambda *_: silent)
-    with pytest.raises(DataError, match=r"was kept: 2 fewer than 4 words.*want its chat template"):
+    with pytest.raises(DataError, match=r"was kept: 2 fewer than 4 words.*chat template.*delete that file to ask anew"):
         self_instruct(source, tmp_path / "out", given(instructions=2, most_prompts=2))
     with pytest.raises(SettingsError, match="at least 1"):
         self_instruct(source, tmp_path / "out", given(batch_size=0))
+
+
+def test_all_that_is_thrown_away_is_counted(source: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Answers that were cut off, that are neither yes nor no, tasks and examples beyond what was asked for."""
+
+    class Odd(Told):
+        def write(self, prompts: Sequence[str], manner: Manner, seed: int) -> list[Reply]:
+            replies = super().write(prompts, manner, seed)
+            if prompts[0].startswith("Come up"):
+                return [Reply(one.text, True) for one in replies]
+            if prompts[0].endswith("Classification:"):
+                return [Reply("perhaps", False)] * len(prompts)
+            examples = "\n".join(f"Example {n}\nInput: {n}\nOutput: no. {n}" for n in range(1, 8))
+            return [Reply(examples, True)] * len(prompts)
+
+    monkeypatch.setattr(module, "LocalWriter", lambda *_: Odd())
+    found = self_instruct(source, tmp_path / "out", given(instructions=5)).measured
+    dropped = found["dropped"]
+    assert dropped["cut off"] == 3 and dropped["more than were asked for"] == 1 and found["instructions_seen"] == 9
+    assert dropped["classification or not: neither yes nor no, taken for no"] == 5
+    assert dropped["instance: cut off"] == 5 and dropped["instance: after the first 5"] == 5
+    assert found["instances"] == 25 and "5 instructions of 9, 25 instances" in capsys.readouterr().out
 
 
 def test_seeds_that_cannot_be_shown(tmp_path: Path) -> None:
     path = tmp_path / "seeds.jsonl"
     task = {"instruction": "Name a colour.", "instances": [{"input": "", "output": "red"}], "is_classification": False}
     path.write_text(json.dumps(task) + "\n" + json.dumps({"instruction": "x", "instances": [{}]}), encoding="utf-8")
-    with pytest.raises(DataError, match=r"1 usable seed tasks \(.*an instance without output"):
+    with pytest.raises(DataError, match=r"1 usable seed task \(.*an instance without output"):
         read_seeds(str(path))
+    more = [task, task | {"instruction": "Good or bad?", "is_classification": "no"}, task | {"instruction": "Is it?"}]
+    more[2]["is_classification"] = True
+    path.write_text("\n".join([json.dumps(task), "{broken", *map(json.dumps, more)]), encoding="utf-8")
+    seeds, notes = read_seeds(str(path))
+    assert [seed.is_classification for seed in seeds] == [False, True]
+    assert all(words in notes[0] for words in ("the instruction of another", "neither true nor false", "JSON"))
 
 
 def test_prompts_are_read_back() -> None:
     prompt = ask_for_instructions(["Do this:", "Do\nthat"])
     assert prompt == "Come up with a series of tasks:\n1. Do this\n2. Do that\n3."
-    assert read_instructions(" One thing.\n4. Another\nthing.\n5. A th", 2, cut_off=True) == [
-        "One thing.",
-        "Another thing.",
-    ]
-    assert read_instructions(" One thing.", 2, cut_off=False) == ["One thing."]
+    assert read_instructions(" One thing.\n4. Another\nthing.\n5. A th", 2) == ["One thing.", "Another thing.", "A th"]
+    assert read_instructions(" One thing.", 2) == ["One thing."] and read_instructions("", 2) == [""]
     assert [read_kind(text) for text in (" Yes.", "no", "maybe", "")] == [True, False, None, None]
-    seeds = read_seeds("mini:seed_tasks")
+    seeds, notes = read_seeds("mini:seed_tasks")
+    assert not notes
     for kind in (True, False):
         shown = [seed for seed in seeds if seed.is_classification is kind][:2]
         text = ask_for_instances(shown, "New", kind).partition("\n\n")[2]
@@ -194,7 +220,8 @@ def url() -> Iterator[str]:
     server.server_close()
 
 
-def test_an_endpoint(url: str) -> None:
+def test_an_endpoint(url: str, monkeypatch: Any) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     text = {"choices": [{"text": " hi", "finish_reason": "length"}]}
     talk = {"choices": [{"message": {"content": "ho"}, "finish_reason": "stop"}]}
     Server.answers += [(503, {}), (200, text), (200, talk), (404, {"error": "no such model"}), (200, {"odd": 1})]
@@ -211,6 +238,11 @@ def test_an_endpoint(url: str) -> None:
     with pytest.raises(EndpointError, match="did not answer with a completion"):
         plain.write(["p"], manner, 0)
     assert len(Server.asked) == 5
+    Server.answers += [(401, {})]
+    with pytest.raises(EndpointError, match=r"status 401.*OPENAI_API_KEY holds the key, and is not set"):
+        plain.write(["p"], manner, 0)
+    with pytest.raises(SettingsError, match="endpoint = 'localhost:80'; give a server's address"):
+        EndpointWriter("localhost:80", "m")
 
 
 def test_a_source_that_is_a_url(url: str, tmp_path: Path, monkeypatch: Any) -> None:

@@ -110,6 +110,8 @@ def cross_patching(
     columns: at most so many stretches of positions. Raises SettingsError, DataError for models of unlike shapes.
     """
     question.check()
+    if min(batch_size, columns) < 1:
+        raise SettingsError(f"batch_size = {batch_size}, columns = {columns}; each is at least 1.")
     names = layer_sites(into.model, site)
     check_like(into.model, source.model, names)
     shape = sites(into.model)[names[0]]

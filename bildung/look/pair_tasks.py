@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from bildung.core.errors import DataError
+from bildung.core.errors import DataError, SettingsError
 from bildung.tokens.tokenizer import Tokenizer
 
 Task = Literal["ioi", "agreement"]
@@ -42,7 +42,10 @@ PLURAL, SINGULAR = (" are", " were", " have"), (" is", " was", " has")
 
 
 def make_rows(task: Task, tokenizer: Tokenizer, count: int, seed: int = 0, corruption: Corruption = "abc") -> list[Row]:
-    """`count` different rows of prompt_pairs.py's form. Raises DataError if the tokenizer has too few whole words."""
+    """`count` different rows of prompt_pairs.py's form. Raises DataError if the tokenizer has too few whole words,
+    SettingsError for no rows."""
+    if count < 1:
+        raise SettingsError(f"count = {count} pairs; it is at least 1.")
     rng = random.Random(seed)
     draw = _ioi if task == "ioi" else _agreement
     words = [name for name in NAMES if _whole(tokenizer, f" {name}")]

@@ -81,6 +81,8 @@ def path_patch(source: Path, out: Path, settings: Settings, *, force: bool = Fal
 def sender_effects(experiment: EdgeExperiment, receivers: tuple[str, ...], through_mlps: bool) -> dict[str, float]:
     """{sender: what is left of the metric (1 = all, 0 = as corrupted)} of every sender that all receivers read."""
     graph = experiment.graph
+    if not receivers:
+        raise SettingsError("no receiver was given: logits, or such as a1.h0.q, a1.h0.k, a1.h0.v, m1.")
     for receiver in receivers:
         graph.index("embed", receiver)  # a name that there is not is an error
     left = {}

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bildung.core.errors import DataError
+from bildung.core.errors import DataError, SettingsError
 from bildung.data.sources import rows as read_rows
 from bildung.tokens.tokenizer import Tokenizer
 
@@ -50,7 +50,9 @@ class Pairs:
     dropped: tuple[str, ...] = ()
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> list[PairBatch]:
-        """Rows of one length together, so that nothing is padded and every position is real."""
+        """Rows of one length together, so that nothing is padded and every position is real. Raises SettingsError."""
+        if size < 1:
+            raise SettingsError(f"batch_size = {size}; it is at least 1.")
         by_length: dict[int, list[Pair]] = defaultdict(list)
         for pair in self.rows:
             by_length[len(pair.clean)].append(pair)
@@ -121,6 +123,8 @@ def _encode(row: Mapping[str, Any], tokenizer: Tokenizer, max_tokens: int) -> Pa
         return f"has no {' and no '.join(missing)}"
     if unknown := sorted(set(row) - KEYS):
         return f"unknown key {unknown[0]}; there are {', '.join(sorted(KEYS))}"
+    if wrong := _misshapen(row):
+        return wrong
     clean, corrupted = (tuple(tokenizer.encode(row[key])) for key in ("clean", "corrupted"))
     if len(clean) != len(corrupted):
         return f"clean has {len(clean)} tokens, corrupted {len(corrupted)}; position by position they must match"
@@ -137,6 +141,21 @@ def _encode(row: Mapping[str, Any], tokenizer: Tokenizer, max_tokens: int) -> Pa
     if outside := [name for name, index in places.items() if not 0 <= index < len(clean)]:
         return f"place {outside[0]} = {places[outside[0]]} is outside of the {len(clean)} tokens"
     return Pair(clean, corrupted, tuple(found["answers"]), tuple(found["wrong"]), places)
+
+
+def _misshapen(row: Mapping[str, Any]) -> str:
+    """What of a row is not of the form that it should have, or nothing. A text where a list of texts should be is not
+    taken for the list of its letters."""
+    for key in ("clean", "corrupted"):
+        if not isinstance(row[key], str):
+            return f"{key} = {row[key]!r} is no text"
+    for key in ("answers", "wrong"):
+        if not (isinstance(texts := row.get(key) or [], list | tuple) and all(isinstance(one, str) for one in texts)):
+            return f'{key} = {texts!r} is no list of texts, such as [" Paris"]'
+    places = row.get("places") or {}
+    if not (isinstance(places, Mapping) and all(type(index) is int for index in places.values())):
+        return f'places = {places!r} gives no names the indices of tokens, such as {{"end": 4}}'
+    return ""
 
 
 def write_pairs(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from bildung.core.errors import DataError, SettingsError
 from bildung.look.pair_tasks import LINKS, NAMES, NOUNS, PLURAL, ROOMS, SINGULAR, STORIES, THINGS, make_rows
 from bildung.look.pairs import Settings, pairs
 from bildung.look.prompt_pairs import encode_pairs, read_pairs
@@ -48,6 +51,32 @@ def test_indirect_objects_line_up_and_name_the_right_one():
                 assert len({there["IO"], there["S1"], there["S2"], at["IO"], at["S1"]}) == 5
             orders[pair.places["IO"] < pair.places["S1"]] += 1
         assert min(orders.values()) > 4  # Mary and John, John and Mary
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"answers": " Mary"}, "answers = ' Mary' is no list of texts"),  # not M, a, r, y
+        ({"wrong": [3]}, r"wrong = \[3\] is no list of texts"),
+        ({"corrupted": 7}, "corrupted = 7 is no text"),
+        ({"places": {"end": 1.5}}, "the indices of tokens"),
+        ({"places": ["end"]}, "the indices of tokens"),
+        ({"places": {"end": 99}}, "place end = 99 is outside"),
+    ],
+)
+def test_a_row_of_another_form_is_left_out_and_said(change: dict[str, Any], says: str):
+    row = make_rows("ioi", word_tokenizer(), 1)[0]
+    with pytest.raises(DataError, match=f"no pair can be used. row 1: .*{says}"):
+        encode_pairs([row | change], word_tokenizer(), "mine")
+    assert encode_pairs([row | change, row], word_tokenizer(), "mine").dropped[0].startswith("row 1: ")
+
+
+def test_no_rows_are_no_task_and_no_batch():
+    with pytest.raises(SettingsError, match="count = 0"):
+        make_rows("ioi", word_tokenizer(), 0)
+    used = encode_pairs(make_rows("ioi", word_tokenizer(), 1), word_tokenizer(), "ioi")
+    with pytest.raises(SettingsError, match="batch_size = 0"):
+        used.batches(0)
 
 
 def test_agreement_is_with_the_first_noun(tmp_path: Path):

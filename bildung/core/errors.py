@@ -87,7 +87,7 @@ class TrainingError(BildungError, RuntimeError):
 
 def nearest(name: str, allowed: Iterable[str], limit: int = 3) -> str:
     """The allowed names closest to `name`, as a phrase for an error message ("" when none is close)."""
-    close = difflib.get_close_matches(name, list(allowed), n=limit, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(allowed)), n=limit, cutoff=0.5)
     if not close:
         return ""
     return "did you mean " + " or ".join(repr(c) for c in close) + "?"

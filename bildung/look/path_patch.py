@@ -90,8 +90,10 @@ def sender_effects(experiment: EdgeExperiment, receivers: tuple[str, ...], throu
         if all(graph.allowed_UR[row, graph.receivers.index(receiver)] for receiver in receivers):
             value = into_receivers(experiment, sender, receivers, through_mlps=through_mlps)
             left[sender] = float(recovered(value, experiment.clean, experiment.corrupted))
-    if not left:
-        raise SettingsError("no part writes before all of the receivers read.")
+    if set(left) <= {"embed"}:
+        raise SettingsError(
+            "no head and no MLP writes before all of these receivers read; the first layer's read tokens."
+        )
     return left
 
 

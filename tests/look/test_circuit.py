@@ -102,10 +102,13 @@ def test_grids_become_pages(place: Path):
     record = path_verb.path_patch(place / "lm", place / "path", path_verb.Settings(**given, receivers=("a1.h0.q",)))
     grid = json.loads((place / "path/path_patch.json").read_text())["grids"][0]
     assert grid["columns"] == ["0", "1", "2", "3", "mlp"] and grid["rows"] == ["0"]
+    for nothing, says in ((), "no receiver"), (("a0.h0.q",), "no head and no MLP writes before"):
+        with pytest.raises(SettingsError, match=says):
+            path_verb.path_patch(place / "lm", place / "none", path_verb.Settings(**given, receivers=nothing))
     asked = trace_verb.Settings(prompt="ab cab", subject="ca", samples=3, window=1)
     record = trace_verb.trace(place / "lm", place / "trace", asked)
     assert 0 < record.measured["clean"] < 1 and (place / "trace/trace.png").exists()
-    with pytest.raises(SettingsError, match=r"no layer has a site 'attn\.zz'.*attn\.z"):
+    with pytest.raises(SettingsError, match=r"no layer has a site 'attn\.zz'.*mean 'attn\.z' or 'attn\.v'"):
         patching_grid(tiny_lm(**SMALL).model, random_pairs(), site="attn.zz")
 
 

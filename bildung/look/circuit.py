@@ -1,6 +1,7 @@
 """Find the circuit behind an answer, or measure a given one: faithfulness, completeness, size, and a drawing.
 
     bildung look circuit MODEL OUT --pairs ioi --method eap_ig --edges 200
+    bildung look circuit MODEL OUT --pairs ioi --faithful 0.8               as many edges as that takes
     bildung look circuit TINY OUT --pairs my_pairs.jsonl --method acdc --threshold 0.02
     bildung look circuit TUNED OUT --pairs ioi --circuit base_circuit/circuit.json      what is left of it after a tune
 
@@ -24,7 +25,7 @@ from bildung.look.circuit_file import Circuit, architecture_of, load_circuit, sa
 from bildung.look.circuit_page import write_circuit
 from bildung.look.edge_attribution import connected, edge_scores, strongest
 from bildung.look.edge_experiment import Ablation, Edge, EdgeExperiment
-from bildung.look.faithfulness import measure_circuit
+from bildung.look.faithfulness import grown, measure_circuit
 from bildung.look.page import command_of
 from bildung.look.pair_tasks import Corruption
 from bildung.look.pairs import chosen_pairs, pair_hashes
@@ -46,6 +47,7 @@ class Settings:
     metric: MetricName = "logit_difference"  # of the search; faithfulness is measured by it too
     ablation: Ablation = "resample"  # what stands in for a cut edge
     edges: int = 200  # eap, eap_ig: how many of the highest scores
+    faithful: float | None = None  # eap, eap_ig: from `edges` on twice as many, until the circuit recovers this share
     steps: int = 5  # eap_ig: gradients along the way from the corrupted to the clean prompt
     threshold: float = 0.02  # acdc: what an edge must be worth
     candidates: int | None = None  # acdc: search only among so many of eap_ig's first edges
@@ -67,7 +69,8 @@ def circuit(source: Path, out: Path, settings: Settings, *, force: bool = False)
             given = load_circuit(settings.circuit, experiment.graph, lm.config)
             edges, found = given.edges, given.found
         else:
-            edges, found = search(experiment, settings), _how(settings)
+            edges, tried = search(experiment, settings)
+            found = _how(settings) | ({"tried": tried} if tried else {})
         model_hash = hash_directory(Path(source))
         if settings.circuit is not None and given.model_hash != model_hash:
             job.notes.append("the circuit was found on other weights of this architecture")
@@ -102,9 +105,14 @@ def _how(settings: Settings) -> dict[str, Any]:
     }
 
 
-def search(experiment: EdgeExperiment, settings: Settings) -> dict[Edge, float | None]:
-    """The edges by the chosen method, with their scores. Raises SettingsError if nothing is left."""
-    graph = experiment.graph
+def search(experiment: EdgeExperiment, settings: Settings) -> tuple[dict[Edge, float | None], list[list[float]]]:
+    """(the edges by the chosen method, with their scores; sizes that were tried and how faithful they were).
+
+    Raises SettingsError if nothing is left, or for a share that is no share.
+    """
+    graph, tried = experiment.graph, list[list[float]]()
+    if settings.faithful is not None and (settings.method == "acdc" or not 0 < settings.faithful <= 1):
+        raise SettingsError(f"faithful = {settings.faithful}; it is a share in (0, 1], of the methods eap and eap_ig.")
     scores_UR = None
     if settings.method != "acdc" or settings.candidates is not None:
         scores_UR = edge_scores(experiment, 1 if settings.method == "eap" else settings.steps)
@@ -114,8 +122,11 @@ def search(experiment: EdgeExperiment, settings: Settings) -> dict[Edge, float |
     else:
         assert scores_UR is not None
         edges = strongest(graph, scores_UR, settings.edges)
+        if settings.faithful is not None:
+            edges, tried = grown(experiment, scores_UR, settings.edges, settings.faithful)
     if not connected(graph, edges):
         raise SettingsError("no way from the embedding to the logits is left; ask for more edges or a lower threshold.")
     if scores_UR is None:
-        return dict.fromkeys(edges)
-    return {edge: float(f"{scores_UR[graph.index(*edge)].item():.5g}") for edge in edges}
+        return dict.fromkeys(edges), tried
+    scored: dict[Edge, float | None] = {edge: float(f"{scores_UR[graph.index(*edge)].item():.5g}") for edge in edges}
+    return scored, tried

@@ -1,8 +1,8 @@
 """A circuit drawn as a layered graph: the embedding below, the logits above, heads and MLPs in between.
 
-Every layer has two rows, attention and MLP; heads keep their order from left to right. An edge's colour says which
-input it goes into (q, k, v, an MLP, the logits), its width how large its score is; a dashed edge works against the
-answer.
+Every layer has two rows, attention and MLP; heads keep their order from left to right, MLPs stand in a column at the
+right. An edge's colour says which input it goes into (q, k, v, an MLP, the logits), its width how large its score is;
+a dashed edge works against the answer. A circuit of thousands of edges is drawn by its strongest.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path as MatplotlibPath
 
 from bildung.look.circuit_file import Circuit, node_order
 from bildung.look.graph import Graph
@@ -23,7 +24,8 @@ from bildung.look.picture import DPI, FONT, INK, MUTED, RULE, save_figure
 
 # Okabe & Ito's, told apart without colour vision too.
 INPUTS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "mlp": "#CC79A7", "logits": "#56748c"}
-WIDE, ROW, GAP = 900, 46, 64  # pixels: the drawing, between rows, least between nodes
+WIDE, ROW, GAP = 900, 42, 64  # pixels: the drawing, between rows, least between nodes
+DRAWN = 250  # edges, the strongest; of more only a blot would be seen
 
 
 @dataclass(frozen=True)
@@ -34,27 +36,32 @@ class Drawn:
     edges: list[dict[str, Any]]
     width: float
     height: float
+    left_out: int  # weaker edges that are not drawn
 
 
 def layout(circuit: Circuit, graph: Graph) -> Drawn:
-    """Rows that hold a node, from the embedding (below) to the logits; nodes spread by their number."""
-    nodes = set(circuit.nodes) | {node for _, receiver in circuit.edges for node in graph.nodes_of(receiver)}
-    nodes |= {"embed"}
-    rows = sorted({node_order(node)[:2] for node in nodes})
-    height = ROW * (len(rows) + 2)
-    places = {"logits": (WIDE / 2, ROW * 0.7)}
+    """Rows that hold a node, from the embedding (below) to the logits; heads to the left, MLPs in a column."""
+    chosen = sorted(circuit.edges.items(), key=lambda item: -abs(item[1] or 0))[:DRAWN]
+    writers = {sender for sender, _ in circuit.edges}
+    ways = [(sender, receiver, score, _targets(receiver, graph, writers)) for (sender, receiver), score in chosen]
+    nodes = {"embed"} | {sender for sender, *_ in ways} | {node for *_, targets in ways for node in targets}
+    rows = sorted({node_order(node)[:2] for node in nodes - {"logits"}})
+    height = ROW * (len(rows) + 1.4)
+    most = max(sum(node_order(node)[:2] == row for node in nodes - {"logits"}) for row in rows)
+    width = max(WIDE, 300 + GAP * most)
+    centre, mlps = (width - 180) / 2, width - 150
+    places = {"logits": (centre, ROW * 0.7)}
     for number, row in enumerate(rows):
-        members = sorted((node for node in nodes if node_order(node)[:2] == row), key=node_order)
+        members = sorted((node for node in nodes - {"logits"} if node_order(node)[:2] == row), key=node_order)
         y = height - ROW * (number + 0.7)
-        space = max(GAP, min(140, (WIDE - 160) / max(len(members), 1)))
-        beside = 0 if row[1] == 0 else 34  # MLPs beside the middle: edges that pass by are seen
+        space = min(140, (width - 300) / max(len(members), 1))
         for position, node in enumerate(members):
-            places[node] = (WIDE / 2 + beside + (position - (len(members) - 1) / 2) * space, y)
+            places[node] = (mlps if row[1] else centre + (position - (len(members) - 1) / 2) * space, y)
     widest = max((abs(score) for score in circuit.edges.values() if score is not None), default=1.0) or 1.0
     worse = -1 if circuit.found.get("metric") == "kl" else 1  # cutting what helps raises KL, lowers the others
     edges: list[dict[str, Any]] = []
-    for (sender, receiver), score in sorted(circuit.edges.items(), key=lambda item: abs(item[1] or 0)):
-        for target in graph.nodes_of(receiver) or ["logits"]:
+    for sender, receiver, score, targets in reversed(ways):  # the strongest on top
+        for target in targets:
             share = 0.4 if score is None else math.sqrt(abs(score) / widest)
             edges.append(
                 {
@@ -64,18 +71,19 @@ def layout(circuit: Circuit, graph: Graph) -> Drawn:
                     "label": f"{sender} → {receiver}" + ("" if score is None else f": {score:+.3g}"),
                     "width": round(0.6 + 3.4 * share, 2),
                     "against": score is not None and score * worse > 0,
-                    "path": _path(places[sender], places[target]),
+                    "points": _points(places[sender], places[target]),
                 }
             )
-    left = min(x for x, _ in places.values()) - 50
-    right = max(x for x, _ in places.values()) + 50
-    if left < 0 or right > WIDE:
-        shift = -left
-        places = {node: (x + shift, y) for node, (x, y) in places.items()}
-        for edge in edges:
-            edge["path"] = _path(places[edge["from"]], places[edge["to"]])
-        return Drawn(places, edges, right - left, height)
-    return Drawn(places, edges, WIDE, height)
+            edges[-1]["path"] = "M{:.1f},{:.1f} C{:.1f},{:.1f} {:.1f},{:.1f} {:.1f},{:.1f}".format(
+                *(number for point in edges[-1]["points"] for number in point)
+            )
+    return Drawn(places, edges, width, height, len(circuit.edges) - len(chosen))
+
+
+def _targets(receiver: str, graph: Graph, writers: set[str]) -> list[str]:
+    """The nodes an input is drawn into: of the heads that share keys and values those that write something."""
+    nodes = graph.nodes_of(receiver) or ["logits"]
+    return [node for node in nodes if node in writers] or nodes
 
 
 def input_of(receiver: str) -> str:
@@ -85,11 +93,14 @@ def input_of(receiver: str) -> str:
     return "mlp" if receiver.startswith("m") else receiver[-1]
 
 
-def _path(start: tuple[float, float], end: tuple[float, float]) -> str:
+def _points(start: tuple[float, float], end: tuple[float, float]) -> list[tuple[float, float]]:
+    """A Bézier curve between two nodes; within a column it makes way for the nodes between."""
     (x1, y1), (x2, y2) = start, end
     y1, y2 = y1 - 11, y2 + 11
     bend = max(18.0, abs(y1 - y2) * 0.45)
-    return f"M{x1:.1f},{y1:.1f} C{x1:.1f},{y1 - bend:.1f} {x2:.1f},{y2 + bend:.1f} {x2:.1f},{y2:.1f}"
+    aside = min(150.0, abs(y1 - y2) * 0.28) if abs(x1 - x2) < 1 and abs(y1 - y2) > ROW else 0.0
+    bend = bend / 2 if aside else bend
+    return [(x1, y1), (x1 + aside, y1 - bend), (x2 + aside, y2 + bend), (x2, y2)]
 
 
 def write_circuit(circuit: Circuit, graph: Graph, model: str, out: Path, command: str) -> None:
@@ -106,7 +117,9 @@ def write_circuit(circuit: Circuit, graph: Graph, model: str, out: Path, command
         script="circuit.js",
         model=model,
         command=command,
-        found=circuit.found,
+        found={key: value for key, value in circuit.found.items() if key not in {"pairs", "tried"}},
+        pairs=circuit.found.get("pairs"),
+        tried=circuit.found.get("tried"),
         facts=facts,
         drawn=drawn,
         inputs=INPUTS,
@@ -130,13 +143,11 @@ def draw(drawn: Drawn, title: str, out: Path) -> None:
     figure = Figure(figsize=(drawn.width / 110, drawn.height / 110 + 0.3), dpi=DPI, layout="constrained")
     axis = figure.subplots()
     for edge in drawn.edges:
-        (x1, y1), (x2, y2) = drawn.places[edge["from"]], drawn.places[edge["to"]]
+        curve = MatplotlibPath(edge["points"], [MatplotlibPath.MOVETO, *[MatplotlibPath.CURVE4] * 3])
         arrow = FancyArrowPatch(
-            (x1, y1 - 9),
-            (x2, y2 + 9),
-            connectionstyle=f"arc3,rad={0.12 if x1 <= x2 else -0.12}",
+            path=curve,
             arrowstyle="-|>",
-            mutation_scale=6,
+            mutation_scale=5,
             linewidth=edge["width"] * 0.55,
             linestyle=(0, (3, 2)) if edge["against"] else "-",
             color=INPUTS[edge["input"]],

@@ -7,6 +7,9 @@
                     edges cut (Wang et al. 2022, section 4)            0: the circuit breaks as the model does
     minimality      the share of edges whose cut from C moves the recovered metric by 0.01 or more
 
+Faithfulness does not grow steadily with the size: strong edges that work against the answer come in beside strong edges
+that work for it. So a size is chosen by measuring, not by counting (`grown`).
+
 `without` catches a circuit with a spare outside; `incompleteness` one with a spare that works only when others fail.
 A faithfulness above 1 is no praise: the circuit has left out what works against the answer.
 """
@@ -22,6 +25,7 @@ from typing import Any
 from torch import Tensor
 
 from bildung.look.answer_metrics import recovered
+from bildung.look.edge_attribution import strongest
 from bildung.look.edge_experiment import Edge, EdgeExperiment
 
 SMALL = 0.01
@@ -61,6 +65,23 @@ def measure_circuit(
             idle += abs(share(experiment.keeping(set(edges) - {edge})) - figures["faithfulness"]) < SMALL
         figures["minimality"] = 1 - idle / len(edges)
     return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in figures.items()}
+
+
+def grown(
+    experiment: EdgeExperiment, scores_UR: Tensor, first: int, share: float
+) -> tuple[list[Edge], list[list[float]]]:
+    """The circuit of the first, 2 first, 4 first... strongest edges that recovers `share`; [edges, share] of each try.
+
+    All edges recover everything, so there is an end.
+    """
+    count, tried = max(first, 1), []
+    while True:
+        edges = strongest(experiment.graph, scores_UR, count)
+        value = experiment.value(experiment.keeping(edges))
+        tried.append([len(edges), round(float(recovered(value, experiment.clean, experiment.corrupted)), 4)])
+        if tried[-1][1] >= share or count >= int(experiment.graph.allowed_UR.sum()):
+            return edges, tried
+        count *= 2
 
 
 def _cut_nodes(experiment: EdgeExperiment, nodes: Collection[str]) -> Tensor:

@@ -12,14 +12,18 @@ import torch
 import bildung
 from bildung.core.errors import DataError, SettingsError
 from bildung.look import circuit as circuit_verb
+from bildung.look import circuit_page
 from bildung.look import pairs as pairs_verb
 from bildung.look import patch as patch_verb
 from bildung.look import path_patch as path_verb
 from bildung.look import trace as trace_verb
 from bildung.look.causal_trace import causal_trace, span_of
 from bildung.look.circuit_file import Circuit, architecture_of, load_circuit, save_circuit
+from bildung.look.circuit_page import layout
+from bildung.look.edge_attribution import edge_scores, strongest
 from bildung.look.edge_experiment import EdgeExperiment
-from bildung.look.faithfulness import measure_circuit
+from bildung.look.faithfulness import grown, measure_circuit
+from bildung.look.graph import Graph
 from bildung.look.pair_tasks import make_rows
 from bildung.look.patching import patching_grid
 from bildung.look.prompt_pairs import encode_pairs
@@ -55,6 +59,32 @@ def test_the_known_circuit_is_faithful_complete_and_small():
     assert idle["minimality"] == pytest.approx(5 / 6, abs=1e-4) and idle["faithfulness"] == pytest.approx(1)
 
 
+def test_a_circuit_grows_until_it_is_faithful():
+    experiment = EdgeExperiment(induction_model(), induction_pairs())
+    scores_UR = edge_scores(experiment)
+    edges, tried = grown(experiment, scores_UR, 1, 0.95)
+    assert tried[-1][1] >= 0.95 > max(share for _, share in tried[:-1]) and set(edges) <= CIRCUIT
+    assert measure_circuit(experiment, edges, knockouts=0)["faithfulness"] == pytest.approx(tried[-1][1], abs=1e-3)
+    sizes = [len(strongest(experiment.graph, scores_UR, 2**n)) for n in range(len(tried))]
+    assert [count for count, _ in tried] == sizes and len(sizes) > 1
+    everything, tried = grown(experiment, torch.zeros_like(scores_UR), 100, 1.0)  # nothing is above 0: it ends
+    assert everything == [] and tried[-1][0] == 0
+
+
+def test_a_drawing_shows_the_strongest_edges_and_no_head_that_writes_nothing(monkeypatch: pytest.MonkeyPatch):
+    graph = Graph(2, 4, 2)
+    scores = {("embed", "m0"): 9.0, ("m0", "a1.kv1.v"): -8.0, ("a1.h3", "logits"): 7.0, ("embed", "logits"): 0.1}
+    circuit = Circuit(dict(scores), {}, "0" * 64)
+    drawn = layout(circuit, graph)
+    assert [(edge["from"], edge["to"]) for edge in drawn.edges][-1] == ("embed", "m0")  # the strongest on top
+    assert ("m0", "a1.h3") in {(edge["from"], edge["to"]) for edge in drawn.edges}
+    assert set(drawn.places) == {"embed", "m0", "a1.h3", "logits"} and drawn.left_out == 0  # a1.h2 writes nothing
+    assert drawn.places["m0"][0] > drawn.places["a1.h3"][0]
+    assert all(0 < x < drawn.width and 0 < y < drawn.height for x, y in drawn.places.values())
+    monkeypatch.setattr(circuit_page, "DRAWN", 3)
+    assert layout(circuit, graph).left_out == 1 and len(layout(circuit, graph).edges) == 3
+
+
 def test_a_circuit_file_is_refused_by_another_architecture(tmp_path: Path):
     model = induction_model()
     experiment = EdgeExperiment(model, induction_pairs())
@@ -85,6 +115,13 @@ def test_look_circuit_finds_measures_and_draws(place: Path):
     searched = circuit_verb.Settings(**given, method="acdc", metric="kl", threshold=1e-3, candidates=12)
     kept = circuit_verb.circuit(place / "lm", place / "acdc", searched)
     assert 0 < kept.measured["edges"] <= 12
+    wanted = circuit_verb.Settings(**given, edges=5, faithful=0.5, steps=2)
+    found = circuit_verb.circuit(place / "lm", place / "faithful", wanted)
+    tried = json.loads((place / "faithful/circuit.json").read_text())["tried"]
+    assert found.measured["faithfulness"] >= 0.5 and tried[-1][0] == found.measured["edges"]
+    assert f'<td class="number">{tried[-1][0]}</td>' in (place / "faithful/circuit.html").read_text()
+    with pytest.raises(SettingsError, match="a share in"):
+        circuit_verb.circuit(place / "lm", place / "no", circuit_verb.Settings(**given, faithful=80))
     other = tiny_lm(**SMALL)
     bildung.save(other, place / "other")
     again = circuit_verb.Settings(**given, circuit=place / "eap/circuit.json")
@@ -139,6 +176,15 @@ def test_causal_trace_restores_what_the_noise_took():
     assert seen.restored["resid_post"][-1, -1] == pytest.approx(seen.clean)  # all that the logits read
     assert seen.restored["resid_post"][0, 0] == pytest.approx(seen.corrupted)  # before the subject nothing was lost
     assert abs(seen.clean - seen.corrupted) > 1e-4
+    for given, says in (
+        ({"samples": 0}, "samples = 0"),
+        ({"window": -3}, "window = -3"),
+        ({"deviations": float("nan")}, "deviations = nan"),
+        ({"places": ("attn.probs",)}, r"attn.probs \(B N L S\) has nothing for each token"),  # its heads are no places
+        ({"places": ()}, "nothing to put back"),
+    ):
+        with pytest.raises(SettingsError, match=says):
+            causal_trace(lm.model, [5, 6, 7], (0, 1), **given)
     again = causal_trace(lm.model, tokens(1, 6)[0].tolist(), (2, 4), samples=4, window=1, places=("mlp.out",))
     assert not torch.allclose(again.restored["mlp.out"], seen.restored["mlp.out"])
     with pytest.raises(DataError, match="not in the prompt"):

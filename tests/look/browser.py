@@ -72,8 +72,8 @@ class Browser:
             time.sleep(0.05)
 
     def run(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+        """The value of a JavaScript expression; of a promise, what it comes to."""
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)["result"].get("value")
 
     def press(self, key: str) -> None:
         """One key, down and up."""

@@ -13,17 +13,19 @@ resid_post at one layer, or attn.out or mlp.out at a window of layers, since one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bildung.core.errors import DataError
+from bildung.core.errors import DataError, SettingsError
 from bildung.look.patching import last_logits, layer_sites
 from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel
 from bildung.model.taps import Tap, intervene, observe
+from bildung.model.taps import sites as sites_of
 from bildung.model.transformer import Decoder
 
 WINDOWED = ("attn.out", "mlp.out")
@@ -80,6 +82,11 @@ def causal_trace(
     """
     if not isinstance(model, Decoder):
         raise DataError(f"causal tracing reads a decoder; this is a {type(model).__name__}.")
+    if min(samples, window) < 1 or not 0 < deviations < math.inf:
+        raise SettingsError(
+            f"samples = {samples}, window = {window}, deviations = {deviations}; the first two are at least 1, the "
+            "noise has a size above 0."
+        )
     start, stop = subject
     if not 0 <= start < stop <= len(tokens):
         raise DataError(f"the subject, tokens {start} to {stop - 1}, is not within the prompt's {len(tokens)} tokens.")
@@ -97,6 +104,11 @@ def causal_trace(
         return x_RLD
 
     names = {place: layer_sites(model, place) for place in places}
+    shapes = {place: sites_of(model)[some[0]] for place, some in names.items()}
+    if wrong := [f"{place} ({shape})" for place, shape in shapes.items() if not shape.startswith("B L ")]:
+        raise SettingsError(f"{wrong[0]} has nothing for each token to put back; resid_post, attn.out, mlp.act have.")
+    if not names:
+        raise SettingsError("nothing to put back: name sites, such as resid_post.")
     with observe(model, [name for some in names.values() for name in some]) as seen:
         probs_V = last_logits(model, tokens_1L)[0].float().softmax(-1)
     clean = dict(seen)
@@ -112,7 +124,7 @@ def causal_trace(
         for layer in range(len(sites)):
             low, high = layer, layer + 1
             if place in WINDOWED:
-                low, high = max(0, layer - window // 2), min(len(sites), layer - window // 2 + max(window, 1))
+                low, high = max(0, layer - window // 2), min(len(sites), layer - window // 2 + window)
             for position in range(len(tokens)):
                 edits = {name: _putting_back(clean[name], position) for name in sites[low:high]}
                 restored[place][layer, position] = probability(edits)

@@ -94,7 +94,7 @@ def as_json(lm: LanguageModel, seen: Trace, model: str, settings: Settings) -> d
             "note": f"window of {settings.window} layers" if site in WINDOWED else "one layer",
             "columns": labels,
             "rows": [str(layer) for layer in range(len(grid))],
-            "values": [[round(value, 4) for value in row] for row in grid.tolist()],
+            "values": [[float(f"{value:.5g}") for value in row] for row in grid.tolist()],
             "neutral": seen.corrupted,
         }
         for site, grid in seen.restored.items()
@@ -103,8 +103,8 @@ def as_json(lm: LanguageModel, seen: Trace, model: str, settings: Settings) -> d
         "title": "causal tracing",
         "model": model,
         "metric": f"probability of {answer}",
-        "clean": round(seen.clean, 5),
-        "corrupted": round(seen.corrupted, 5),
+        "clean": float(f"{seen.clean:.5g}"),
+        "corrupted": float(f"{seen.corrupted:.5g}"),
         "sigma": round(seen.sigma, 5),
         "answer": answer,
         "example": {

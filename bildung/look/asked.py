@@ -186,11 +186,11 @@ def one_token(lm: LanguageModel, text: str | int) -> int:
     return ids[0]
 
 
-def answer_number(lm: LanguageModel, model: Asked, target: str | int, count: int) -> int:
+def answer_number(lm: LanguageModel, model: Asked, target: str | int) -> int:
     """Which of the logits is meant: a class by name or number, a token by its text or id. Raises DataError."""
     if not model.has_classes:
         return one_token(lm, target)
-    names = {name: number for number, name in classes_of(lm).items()}
+    count, names = lm.config.num_labels, {name: number for number, name in classes_of(lm).items()}
     if isinstance(target, str) and target in names:
         return names[target]
     if str(target).isdigit() and int(target) < count:

@@ -24,10 +24,10 @@ from bildung.core.errors import DataError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.look.asked import Asked, answer_number, classes_of
+from bildung.look.asked import Asked, answer_number
 from bildung.look.decompose import decompose
 from bildung.look.page import command_of, look_page
-from bildung.look.prompt import label, text_in
+from bildung.look.prompt import answer_name, label, text_in
 from bildung.model.store import LanguageModel, load
 
 LONGEST = 512  # tokens
@@ -119,13 +119,12 @@ def attribute(
         raise DataError(f"position {position}: this model's classes are read off its last token.")
     with torch.no_grad():
         logits = told.model(tokens_1L)[0] if question.has_classes else told.model(tokens_1L)[0, position]
-    aim = answer_number(told, question, target, len(logits)) if target is not None else int(logits.argmax())
-    other = answer_number(told, question, against, len(logits)) if against is not None else None
+    aim = answer_number(told, question, target) if target is not None else int(logits.argmax())
+    other = answer_number(told, question, against) if against is not None else None
     found = decompose(told.model, tokens_1L, [aim] if other is None else [aim, other], position)
     sign_T = torch.tensor([1.0, -1.0][: 1 if other is None else 2], dtype=torch.float64, device=tokens_1L.device)
     pick = lambda x: None if x is None else (x @ sign_T).cpu()  # noqa: E731
-    classes = classes_of(told) if question.has_classes else None
-    name = partial(_name, lm, classes)
+    name = partial(answer_name, lm, question)
     heads_NH = pick(found.heads_NHT())
     assert heads_NH is not None
     crosses = found.cross_sources_NHST is not None
@@ -144,10 +143,6 @@ def attribute(
         cross_sources_NHS=pick(found.cross_sources_NHST),
         source_labels=tuple(label(lm.tokenizer, number) for number in getattr(told.model, "source", ())),
     )
-
-
-def _name(lm: LanguageModel, classes: dict[int, str] | None, number: int) -> str:
-    return label(lm.tokenizer, number) if classes is None else classes.get(number, str(number))
 
 
 def as_json(found: Attribution, model: str, prompt: str, chat: bool) -> dict[str, Any]:

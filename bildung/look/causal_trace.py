@@ -6,7 +6,8 @@
 
 The noise is normal with 3 standard deviations of the embeddings (of all entries of the token matrix; the authors take
 those of the subjects in their data), drawn anew for each of several samples, whose mean is reported. What is put back:
-resid_post at one layer, or attn.out or mlp.out at a window of layers, since one layer's share is small.
+resid_post at one layer, or attn.out or mlp.out at a window of layers, since one layer's share is small. Of an
+encoder-decoder the noise is on the source; a place such as decoder.cross.out is one of its answer so far.
 """
 
 # L tokens, R noise samples, D hidden_size
@@ -16,19 +17,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError, SettingsError
-from bildung.look.patching import last_logits, layer_sites
-from bildung.model.base import CausalLM
+from bildung.look.asked import stack_prefix
+from bildung.look.patch_targets import tokens_for
+from bildung.look.patching import Answers, last_logits, layer_sites
+from bildung.look.prompt import encode_text
 from bildung.model.store import LanguageModel
 from bildung.model.taps import Tap, intervene, observe
 from bildung.model.taps import sites as sites_of
-from bildung.model.transformer import Decoder
 
-WINDOWED = ("attn.out", "mlp.out")
+WINDOWED = ("attn.out", "cross.out", "mlp.out")
 
 
 @dataclass(frozen=True)
@@ -47,24 +50,21 @@ class Trace:
 def span_of(lm: LanguageModel, prompt: str, subject: str) -> tuple[list[int], tuple[int, int]]:
     """The prompt's tokens, and which of them spell the subject. Raises DataError if it is not in the prompt.
 
-    Found by the tokens of the text up to the subject's begin and end, never by tokenizing the subject on its own.
+    Found by where each token stands in the text, never by tokenizing the subject on its own.
     """
     start = prompt.find(subject)
-    if not subject or start < 0:
+    if not subject.strip() or start < 0:
         raise DataError(f"the subject {subject!r} is not in the prompt {prompt!r}; give it as it stands there.")
-    ids = lm.tokenizer.encode(prompt)
-    ends = []
-    for text in (prompt[:start].rstrip(" "), prompt[: start + len(subject)]):
-        part = lm.tokenizer.encode(text)
-        same = next((n for n, (a, b) in enumerate(zip(part, ids, strict=False)) if a != b), min(len(part), len(ids)))
-        ends.append(same)
-    first, last = ends[0], max(ends[1], ends[0] + 1)
-    return ids, (first, last)
+    ids = encode_text(lm, prompt)[0]
+    found = tokens_for(lm, prompt, start, start + len(subject), ids)
+    if not found:
+        raise DataError(f"no token of the prompt stands for the subject {subject!r}.")
+    return ids, (found[0], found[-1] + 1)
 
 
 @torch.no_grad()
 def causal_trace(
-    model: CausalLM,
+    model: Answers,
     tokens: Sequence[int],
     subject: tuple[int, int],
     answer: int | None = None,
@@ -77,11 +77,9 @@ def causal_trace(
 ) -> Trace:
     """Restore every state of a prompt whose subject's embeddings are noisy. answer None: what the model says itself.
 
-    window: of how many layers around each attn.out and mlp.out are put back. Raises DataError for a model without a
-    token matrix, or a subject outside of the prompt.
+    window: of how many layers around each attn.out and mlp.out are put back. Raises DataError for a subject outside of
+    the prompt, SettingsError for a place that no layer has.
     """
-    if not isinstance(model, Decoder):
-        raise DataError(f"causal tracing reads a decoder; this is a {type(model).__name__}.")
     if min(samples, window) < 1 or not 0 < deviations < math.inf:
         raise SettingsError(
             f"samples = {samples}, window = {window}, deviations = {deviations}; the first two are at least 1, the "
@@ -93,8 +91,8 @@ def causal_trace(
     device = model.device
     tokens_1L = torch.tensor([list(tokens)], device=device)
     tokens_RL = tokens_1L.expand(samples, -1)
-    vectors_VD = model.model.vectors(torch.arange(model.config.vocab_size, device=device), model.dtype)
-    sigma = deviations * vectors_VD.float().std().item()
+    vectors_VD = cast(Tensor, model.embedding.weight).float() * getattr(model.config, "embed_scale", 1.0)
+    sigma = deviations * vectors_VD.std().item()
     drawn = torch.randn(samples, stop - start, vectors_VD.shape[1], generator=torch.Generator().manual_seed(seed))
     noise_RSD = (sigma * drawn).to(device, model.dtype)
 
@@ -115,17 +113,17 @@ def causal_trace(
     answer = int(probs_V.argmax()) if answer is None else answer
 
     def probability(edits: dict[str, Tap]) -> float:
-        with intervene(model, {"embed": corrupt, **edits}):
+        with intervene(model, {f"{stack_prefix(model)}embed": corrupt, **edits}):
             return last_logits(model, tokens_RL).float().softmax(-1)[:, answer].mean().item()
 
     restored = {}
     for place, sites in names.items():
-        restored[place] = torch.zeros(len(sites), len(tokens))
+        restored[place] = torch.zeros(len(sites), clean[sites[0]].shape[1])
         for layer in range(len(sites)):
             low, high = layer, layer + 1
-            if place in WINDOWED:
+            if place.endswith(WINDOWED):
                 low, high = max(0, layer - window // 2), min(len(sites), layer - window // 2 + window)
-            for position in range(len(tokens)):
+            for position in range(restored[place].shape[1]):
                 edits = {name: _putting_back(clean[name], position) for name in sites[low:high]}
                 restored[place][layer, position] = probability(edits)
     return Trace(list(tokens), subject, answer, sigma, probs_V[answer].item(), probability({}), restored)

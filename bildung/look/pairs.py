@@ -14,8 +14,11 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
-from bildung.look.pair_tasks import Corruption, Task, make_rows
+from bildung.look.asked import mask_id_of
+from bildung.look.pair_tasks import Corruption, Row, Task, make_rows
+from bildung.look.prompt import frame_around
 from bildung.look.prompt_pairs import Pairs, encode_pairs, read_pairs, write_pairs
+from bildung.model.encoder import Encoder
 from bildung.model.store import LanguageModel
 from bildung.tokens.tokenizer import Tokenizer
 
@@ -50,14 +53,23 @@ def chosen_pairs(lm: LanguageModel, name: str, count: int, seed: int, corruption
     """Pairs of a task, or of a file; those made are left in OUT, those dropped are noted."""
     longest = getattr(lm.config, "max_position_embeddings", None) or 512
     if name in TASKS:
-        rows = make_rows(TASKS[name], lm.tokenizer, count, seed, corruption)
+        rows = [_for_model(lm, row) for row in make_rows(TASKS[name], lm.tokenizer, count, seed, corruption)]
         write_pairs(rows, job.out / FILE)
-        return encode_pairs(rows, lm.tokenizer, name, longest)
-    read = read_pairs(name, lm.tokenizer, count, longest)
+        return encode_pairs(rows, lm, name, longest)
+    read = read_pairs(name, lm, count, longest)
     if read.dropped:
         job.notes.append(f"{len(read.dropped)} pairs were left out: " + "; ".join(read.dropped))
     job.measured |= {"pairs": len(read.rows), "pairs left out": len(read.dropped)}
     return read
+
+
+def _for_model(lm: LanguageModel, row: Row) -> Row:
+    """A row made for a decoder's tokenizer, as this model reads it: a masked encoder is asked at the end of the text,
+    and what stands before a text moves its places."""
+    if isinstance(lm.model, Encoder) and mask_id_of(lm) is not None:
+        row = row | {key: f"{row[key]} {lm.tokenizer.named['mask_token']}" for key in ("clean", "corrupted")}
+    moved = len(frame_around(lm).before) - len(lm.tokenizer.encode(""))
+    return row | {"places": {place: index + moved for place, index in row["places"].items()}}
 
 
 def pair_hashes(name: str) -> dict[str, str]:

@@ -3,6 +3,7 @@
     bildung look patch MODEL OUT --pairs ioi
     bildung look patch MODEL OUT --pairs agreement --metric probability --direction noising
     bildung look patch MODEL OUT --pairs pairs.jsonl --sites resid_pre --heads attn.z attn.v --at end S2 --attribution
+    bildung look patch T5 OUT --pairs pairs.jsonl --sites resid_post decoder.cross.out --heads decoder.cross.z
 
 `sites` are patched layer by layer at each place; `heads` head by head, at the places `at` (none: at all positions).
 OUT gets patch.html (one file, works offline), patch.png, patch.json and the pairs. The computation and what it means
@@ -20,6 +21,7 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.answer_metrics import MetricName
+from bildung.look.asked import asked
 from bildung.look.grid_page import write_grids
 from bildung.look.page import command_of
 from bildung.look.pair_tasks import Corruption
@@ -54,11 +56,12 @@ def patch(source: Path, out: Path, settings: Settings, *, force: bool = False) -
         pairs = chosen_pairs(lm, settings.pairs, settings.count, settings.seed, settings.corruption, job)
         if not settings.sites and not settings.heads:
             raise SettingsError("nothing to patch: give --sites or --heads.")
-        asked: list[tuple[str, Across]] = [(site, "place") for site in settings.sites]
-        asked += [(site, "head") for site in settings.heads]
+        wanted: list[tuple[str, Across]] = [(site, "place") for site in settings.sites]
+        wanted += [(site, "head") for site in settings.heads]
+        model = asked(lm)
         grids = [
             patching_grid(
-                lm.model,
+                model,
                 pairs,
                 site=site,
                 across=across,
@@ -68,7 +71,7 @@ def patch(source: Path, out: Path, settings: Settings, *, force: bool = False) -
                 attribution=settings.attribution,
                 batch_size=settings.batch_size,
             )
-            for site, across in asked
+            for site, across in wanted
         ]
         first = pairs.rows[0]
         example = [lm.tokenizer.decode(list(ids)) for ids in (first.clean, first.corrupted, first.answers[:1])]

@@ -9,6 +9,10 @@
 (Vig et al. 2020, arXiv 2004.12265; Meng et al. 2022; Zhang & Nanda 2023, arXiv 2309.16042, on the choices.) The two
 are not each other's mirror: of two parts that can stand in for each other, denoising finds both, noising neither.
 
+`model` is a decoder, or any model with its question (asked.py): a masked encoder, whose prompts each hold one [MASK], a
+classifier, an encoder-decoder, whose prompts are sources. Sites of its encoder are meant where none is named: "attn.z"
+is encoder.layers.N.attn.z, "decoder.cross.z" decoder.layers.N.cross.z, at the positions of the answer so far.
+
 Attribution patching (Nanda 2023; Syed et al. 2023, arXiv 2310.10348) replaces all the runs by one backward pass: the
 metric's gradient at the activation times what the patch would change there. It is the patch to first order: exact in a
 linear model, wrong where a softmax or a norm is saturated.
@@ -22,19 +26,21 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from bildung.core.errors import SettingsError, nearest
 from bildung.look.answer_metrics import MetricName, answer_metric, check_metric, recovered
+from bildung.look.asked import Asked, stack_prefix
 from bildung.look.prompt_pairs import PairBatch, Pairs
 from bildung.model.base import CausalLM
 from bildung.model.taps import Tap, intervene, observe, sites
 
 Direction = Literal["denoising", "noising"]
 Across = Literal["place", "head"]
+Answers = CausalLM | Asked
 
 
 @dataclass(frozen=True)
@@ -55,21 +61,34 @@ class Grid:
         return torch.as_tensor(recovered(self.values, self.clean, self.corrupted))
 
 
-def last_logits(model: CausalLM, tokens_BL: Tensor) -> Tensor:
-    """Logits BV after the last token."""
+def last_logits(model: Answers, tokens_BL: Tensor) -> Tensor:
+    """Logits BV after the last token, or of what is asked."""
+    if isinstance(model, Asked):
+        return model.logits(tokens_BL)
     return model.unembed(model.hidden(tokens_BL)[:, -1:])[:, 0]
 
 
-def layer_sites(model: CausalLM, word: str) -> list[str]:
-    """The site `layers.N.<word>` of every layer. Raises SettingsError for a word that no layer has."""
-    words = {name: re.sub(r"^.*?layers\.\d+\.", "", name) for name in sites(model) if "layers." in name}
-    found = [name for name, own in words.items() if own == word]
+def layer_sites(model: Answers, word: str) -> list[str]:
+    """The site `layers.N.<word>` of every layer that reads the tokens; "decoder.attn.z" names another stack. Raises
+    SettingsError for a word that no layer has."""
+    named = re.match(r"(encoder\.|decoder\.)?(.*)", word)
+    assert named is not None  # it matches everything
+    prefix, own = named[1] or stack_prefix(model), named[2]
+    words = {name: re.sub(r"^layers\.\d+\.", "", name.removeprefix(prefix)) for name in sites(model)}
+    words = {name: one for name, one in words.items() if name.startswith(f"{prefix}layers.")}
+    found = [name for name, one in words.items() if one == own]
     if not found:
-        hint = nearest(word, words.values())
+        hint = nearest(own, words.values())
         raise SettingsError(
             f"no layer has a site {word!r}; there are {', '.join(dict.fromkeys(words.values()))}. {hint}"
         )
     return found
+
+
+def reads_prompt(model: Answers, name: str) -> bool:
+    """Whether a site's positions are those of the tokens that `model` is given, not of an answer or a source beside."""
+    prefix = stack_prefix(model)
+    return not prefix or name.startswith(prefix)
 
 
 def cells(shape: str, x: Tensor, positions_BP: Tensor | None, head: int | None = None) -> Tensor:
@@ -96,7 +115,7 @@ def putting(there: Tensor, where: Tensor) -> Tap:
 
 
 def patching_grid(
-    model: CausalLM,
+    model: Answers,
     pairs: Pairs,
     *,
     site: str = "resid_pre",
@@ -115,7 +134,7 @@ def patching_grid(
     check_metric(metric, pairs)
     names = layer_sites(model, site)
     shape = sites(model)[names[0]]
-    places, columns = _columns(model, pairs, site, shape, across, at)
+    places, columns = _columns(model, pairs, names[0], shape, across, at)
     batches = pairs.batches(batch_size, model.device)
     total, clean, corrupted, count = torch.zeros(len(names), len(columns)), 0.0, 0.0, 0
     for batch in batches:
@@ -138,18 +157,23 @@ def patching_grid(
 
 
 def _columns(
-    model: CausalLM, pairs: Pairs, site: str, shape: str, across: Across, at: Sequence[str]
+    model: Answers, pairs: Pairs, name: str, shape: str, across: Across, at: Sequence[str]
 ) -> tuple[list[str], list[str]]:
     """The places that `at` names, and the names of the columns."""
-    places = pairs.places() if across == "place" or at else []
+    places: list[str] = []
+    if across == "place" or at:
+        places = (
+            pairs.places() if reads_prompt(model, name) else [str(n) for n in range(len(cast(Asked, model).answer))]
+        )
     if unknown := [place for place in at if place not in places]:
-        raise SettingsError(f"no place {unknown[0]!r} in these pairs; there are {', '.join(places)}.")
+        raise SettingsError(f"no place {unknown[0]!r} at {name}; there are {', '.join(places)}.")
     if across == "place":
         return [], list(at) or places
     letter = next((letter for letter in shape.split() if letter in "NK"), None)
     if letter is None:
-        raise SettingsError(f"{site} ({shape}) has no heads; attn.z, attn.q, attn.k, attn.v and attn.probs have.")
-    heads = model.config.num_attention_heads if letter == "N" else model.config.num_key_value_heads
+        raise SettingsError(f"{name} ({shape}) has no heads; attn.z, attn.q, attn.k, attn.v and attn.probs have.")
+    config = model.config.encoder if name.startswith("encoder.") and hasattr(model.config, "encoder") else model.config
+    heads = config.num_attention_heads if letter == "N" else config.num_key_value_heads
     return list(at), [str(head) for head in range(heads)]
 
 
@@ -157,7 +181,7 @@ class _Run:
     """The clean and the corrupted run of one batch; `source` are the activations to patch in."""
 
     def __init__(
-        self, model: CausalLM, batch: PairBatch, names: Sequence[str], metric: MetricName, direction: Direction
+        self, model: Answers, batch: PairBatch, names: Sequence[str], metric: MetricName, direction: Direction
     ):
         self.model, self.batch, self.metric, self.names = model, batch, metric, names
         denoising = direction == "denoising"
@@ -202,7 +226,7 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 @contextmanager
-def frozen(model: CausalLM) -> Iterator[None]:
+def frozen(model: Answers) -> Iterator[None]:
     """Inside the block the weights ask for no gradient: only activations are asked, and nothing is kept for others."""
     trained = [one for one in model.parameters() if one.requires_grad]
     for one in trained:

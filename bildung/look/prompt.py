@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bildung.core.errors import DataError, TokenizerError
 from bildung.data.seq2seq import text_frame
-from bildung.look.asked import WithSource, with_source
+from bildung.look.asked import Asked, WithSource, classes_of, with_source
 from bildung.model.encoder import Encoder
 from bildung.model.store import LanguageModel
 from bildung.run.write import write
@@ -137,6 +137,11 @@ def check_same_model_shape(a: LanguageModel, b: LanguageModel) -> None:
         first, second = getattr(a.config, name, 0), getattr(b.config, name, 0)  # a recurrent model has no heads
         if first != second:
             raise DataError(f"the models have {first} and {second} {what}; only models of one shape can be compared.")
+
+
+def answer_name(lm: LanguageModel, question: Asked, number: int) -> str:
+    """What one of the logits is called: a class, or a token for people."""
+    return classes_of(lm).get(number, str(number)) if question.has_classes else label(lm.tokenizer, number)
 
 
 def label(tokenizer: Tokenizer, number: int) -> str:

@@ -19,13 +19,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError, SettingsError
 from bildung.data.sources import rows as read_rows
+from bildung.look.asked import answer_number, asked
+from bildung.look.prompt import encode_text
+from bildung.model.store import LanguageModel
 from bildung.tokens.tokenizer import Tokenizer
 
 KEYS = {"clean", "corrupted", "answers", "wrong", "places"}
@@ -98,16 +101,19 @@ class PairBatch:
         return torch.tensor(index, device=self.clean_BL.device)
 
 
-def read_pairs(source: str, tokenizer: Tokenizer, limit: int | None = None, max_tokens: int = 512) -> Pairs:
+def read_pairs(source: str, reads: Tokenizer | LanguageModel, limit: int | None = None, max_tokens: int = 512) -> Pairs:
     """The pairs of a JSONL file (or any data source). Raises DataError if no row can be used, with the reasons."""
-    return encode_pairs(list(read_rows(source, limit=limit)), tokenizer, source, max_tokens)
+    return encode_pairs(list(read_rows(source, limit=limit)), reads, source, max_tokens)
 
 
-def encode_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, source: str, max_tokens: int = 512) -> Pairs:
-    """Rows as token ids; what cannot be used is named by its number, counted from 1."""
+def encode_pairs(
+    rows: Sequence[Mapping[str, Any]], reads: Tokenizer | LanguageModel, source: str, max_tokens: int = 512
+) -> Pairs:
+    """Rows as token ids, as a decoder's tokenizer or as a model reads them; what cannot be used is named by its number,
+    counted from 1. The answers of a classifier are its classes."""
     used, dropped = [], []
     for number, row in enumerate(rows, start=1):
-        pair = _encode(row, tokenizer, max_tokens)
+        pair = _encode(row, reads, max_tokens)
         if isinstance(pair, Pair):
             used.append(pair)
         else:
@@ -117,15 +123,20 @@ def encode_pairs(rows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, source
     return Pairs(tuple(used), tuple(dropped))
 
 
-def _encode(row: Mapping[str, Any], tokenizer: Tokenizer, max_tokens: int) -> Pair | str:
+def _encode(row: Mapping[str, Any], reads: Tokenizer | LanguageModel, max_tokens: int) -> Pair | str:
     """The pair, or what is wrong with it."""
+    tokenizer = reads if isinstance(reads, Tokenizer) else reads.tokenizer
+    question = None if isinstance(reads, Tokenizer) else asked(reads)
     if missing := [key for key in ("clean", "corrupted", "answers") if not row.get(key)]:
         return f"has no {' and no '.join(missing)}"
     if unknown := sorted(set(row) - KEYS):
         return f"unknown key {unknown[0]}; there are {', '.join(sorted(KEYS))}"
     if wrong := _misshapen(row):
         return wrong
-    clean, corrupted = (tuple(tokenizer.encode(row[key])) for key in ("clean", "corrupted"))
+    prompts = row["clean"], row["corrupted"]
+    clean, corrupted = (
+        tuple(reads.encode(text) if isinstance(reads, Tokenizer) else encode_text(reads, text)[0]) for text in prompts
+    )
     if len(clean) != len(corrupted):
         return f"clean has {len(clean)} tokens, corrupted {len(corrupted)}; position by position they must match"
     if len(clean) > max_tokens:
@@ -133,6 +144,12 @@ def _encode(row: Mapping[str, Any], tokenizer: Tokenizer, max_tokens: int) -> Pa
     found: dict[str, list[int]] = {"answers": [], "wrong": []}
     for key, ids in found.items():
         for text in row.get(key) or ():
+            if question is not None and question.has_classes:
+                try:
+                    ids.append(answer_number(cast(LanguageModel, reads), question, text))
+                except DataError as error:
+                    return f"{key} {error}"
+                continue
             tokens = tokenizer.encode(text, bos=False)
             if len(tokens) != 1:
                 return f"{key} {text!r} is {len(tokens)} tokens; it must be one"

@@ -2,6 +2,8 @@
 
     bildung look saliency MODEL OUT --prompt "The capital of France is" --target " Paris"
     bildung look saliency CLASSIFIER OUT --prompt "a film without a single idea"        explains the class it chose
+    bildung look saliency BERT OUT --prompt "Paris is in [MASK]."                       what it says at the mask
+    bildung look saliency T5 OUT --prompt "a source" --answer "what it has said"        the next token of its answer
 
 OUT gets saliency.html (one file, works offline) and saliency.json. The computation is in look/input_attribution.py.
 """
@@ -21,7 +23,7 @@ from bildung.core.errors import DataError, nearest
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.look.asked import one_token
+from bildung.look.asked import Asked, answer_number, asked, one_token
 from bildung.look.attribution import strip
 from bildung.look.input_attribution import (
     Method,
@@ -33,8 +35,7 @@ from bildung.look.input_attribution import (
     token_vector,
 )
 from bildung.look.page import command_of, look_page
-from bildung.look.prompt import encode_prompt, label
-from bildung.model.base import CausalLM
+from bildung.look.prompt import answer_name, label, text_in
 from bildung.model.store import LanguageModel, load
 
 METHODS: tuple[Method, ...] = ("gradient_x_input", "integrated_gradients", "rollout")
@@ -47,8 +48,9 @@ class Settings:
 
     prompt: str  # the text to read
     chat: bool = False  # the prompt is a user's turn, put through the model's chat template
+    answer: str = ""  # what an encoder-decoder has answered the prompt so far
     target: str | None = None  # the class, or the next token, that is explained; default: the likeliest
-    methods: tuple[Method, ...] = METHODS
+    methods: tuple[Method, ...] = ()  # default: all that the model allows
     baseline: str = "mean"  # of integrated gradients: mean (of all token vectors), zero, or a token
     points: int = 64  # of the path that integrated gradients follow
     max_tokens: int = 256  # refuse longer prompts
@@ -69,7 +71,9 @@ def saliency(source: Path, out: Path, settings: Settings, *, force: bool = False
     """Make the page and the numbers. Raises DataError for what cannot be read or explained."""
 
     def work(job: Job) -> None:
-        given = {name: getattr(settings, name) for name in ("chat", "target", "methods", "baseline", "points")}
+        given = {
+            name: getattr(settings, name) for name in ("chat", "answer", "target", "methods", "baseline", "points")
+        }
         found = explain(load(source), settings.prompt, max_tokens=settings.max_tokens, **given)
         numbers = as_json(found, Path(source).name, settings)
         (job.out / "saliency.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -101,54 +105,49 @@ def explain(
     prompt: str | Sequence[int] | Tensor,
     *,
     chat: bool = False,
+    answer: str | Sequence[int] = "",
     target: str | int | None = None,
-    methods: Sequence[Method] = METHODS,
+    methods: Sequence[Method] = (),
     baseline: str = "mean",
     points: int = 64,
     max_tokens: int = 256,
 ) -> Explained:
-    """Saliency of every token. target: a class by name or number, a next token by its text or id; None: the likeliest.
+    """Saliency of every token. target: a class by name or number, a token by its text or id; None: the likeliest.
+    methods: default: all, without the rollout where the model has no attention.
 
     Raises DataError for a target that is not there, for an unknown method, and as `outputs` and `encode_prompt`.
     """
-    ids = encode_prompt(lm, prompt, chat, max_tokens)
+    told, so_far = text_in(lm, prompt, chat=chat, limit=max_tokens, answer=answer)
+    answers = told is not lm
+    ids = list(told.model.source) if answers else so_far
+    model = asked(lm, so_far if answers else ())
     with torch.no_grad():
-        out_C = outputs(lm.model, torch.tensor([ids], device=lm.model.device))[0]
-    aim = _target(lm, target, len(out_C)) if target is not None else int(out_C.argmax())
+        out_C = outputs(model, torch.tensor([ids], device=lm.model.device))[0]
+    aim = answer_number(lm, model, target) if target is not None else int(out_C.argmax())
     found: dict[str, Saliency] = {}
-    for method in methods:
+    for method in methods or [one for one in METHODS if one != "rollout" or _attends(lm)]:
         if method == "gradient_x_input":
-            found[method] = gradient_x_input(lm.model, ids, aim)
+            found[method] = gradient_x_input(model, ids, aim)
         elif method == "integrated_gradients":
             start_D = _baseline(lm, baseline)
-            found[method] = integrated_gradients(lm.model, ids, aim, baseline_D=start_D, points=points)
+            found[method] = integrated_gradients(model, ids, aim, baseline_D=start_D, points=points)
         elif method == "rollout":
-            reads = 0 if lm.config.kind == "encoder" else -1  # the state that the head reads
-            found[method] = Saliency(rollout(lm.model, ids)[reads], None)
+            found[method] = Saliency(rollout(model, ids)[_read_at(lm, model, ids)], None)
         else:
             raise DataError(f"{method!r} is no method; {nearest(method, METHODS)} There are {', '.join(METHODS)}.")
-    labels = [label(lm.tokenizer, number) for number in ids]
-    return Explained(ids, labels, aim, _name(lm, aim), found)
+    labels = [label(lm.tokenizer, number) for number in (*ids, *(so_far if answers else ()))]
+    return Explained(ids + (so_far if answers else []), labels, aim, answer_name(lm, model, aim), found)
 
 
-def _classes(lm: LanguageModel) -> dict[int, str]:
-    names = lm.config.raw.get("id2label") or {}
-    return {int(number): str(name) for number, name in names.items()}
+def _attends(lm: LanguageModel) -> bool:
+    return any(site.endswith("attn.probs") for site in lm.model.sites)
 
 
-def _target(lm: LanguageModel, target: str | int, count: int) -> int:
-    if isinstance(target, str) and isinstance(lm.model, CausalLM):
-        return one_token(lm, target)
-    names = {name: number for number, name in _classes(lm).items()}
-    if isinstance(target, str) and target in names:
-        return names[target]
-    if str(target).isdigit() and int(target) < count:
-        return int(target)
-    raise DataError(f"{target!r} is no class of this model; {', '.join(names) or f'0 to {count - 1}'} are.")
-
-
-def _name(lm: LanguageModel, target: int) -> str:
-    return label(lm.tokenizer, target) if isinstance(lm.model, CausalLM) else _classes(lm).get(target, str(target))
+def _read_at(lm: LanguageModel, model: Asked, ids: Sequence[int]) -> int:
+    """The place whose state is turned into the answer: the first token, [CLS], the mask, or the last."""
+    if lm.config.kind != "encoder":
+        return -1
+    return 0 if model.has_classes or model.mask_id is None else list(ids).index(model.mask_id)
 
 
 def _baseline(lm: LanguageModel, baseline: str) -> Tensor | None:

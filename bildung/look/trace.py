@@ -16,10 +16,11 @@ from bildung.core.errors import DataError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
+from bildung.look.asked import Asked, answer_number, asked
 from bildung.look.causal_trace import WINDOWED, Trace, causal_trace, span_of
 from bildung.look.grid_page import write_grids
 from bildung.look.page import command_of
-from bildung.look.prompt import label
+from bildung.look.prompt import answer_name, label
 from bildung.model.store import LanguageModel, load
 
 
@@ -47,52 +48,47 @@ def trace(source: Path, out: Path, settings: Settings, *, force: bool = False) -
         tokens, subject = span_of(lm, settings.prompt, settings.subject)
         if len(tokens) > settings.max_tokens:
             raise DataError(f"the prompt has {len(tokens)} tokens; at most {settings.max_tokens} are traced.")
+        model = asked(lm)
+        answer = None if settings.answer is None else answer_number(lm, model, settings.answer)
         seen = causal_trace(
-            lm.model,
+            model,
             tokens,
             subject,
-            _answer(lm, settings.answer),
+            answer,
             places=settings.sites,
             deviations=settings.deviations,
             samples=settings.samples,
             window=settings.window,
             seed=settings.seed,
         )
-        numbers = as_json(lm, seen, Path(source).name, settings) | {"command": command_of(job)}
+        numbers = as_json(lm, model, seen, Path(source).name, settings) | {"command": command_of(job)}
         (job.out / "trace.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
         write_grids(numbers, job.out / "trace.html", job.out / "trace.png")
         job.measured = {key: numbers[key] for key in ("clean", "corrupted", "sigma")} | {"answer": numbers["answer"]}
         for site, grid in seen.restored.items():
             layer, position = divmod(int(grid.argmax()), grid.shape[1])
-            place = f"layer {layer}, token {position} {label(lm.tokenizer, seen.tokens[position])!r}"
+            tokens_there = model.answer if site.startswith("decoder.") else seen.tokens
+            place = f"layer {layer}, token {position} {label(lm.tokenizer, tokens_there[position])!r}"
             job.measured[f"strongest {site}"] = f"{place}: {grid.max().item():.3g}"
         job.tokens_seen = len(tokens)
 
     return perform("look trace", source, out, settings, work, force=force)
 
 
-def _answer(lm: LanguageModel, text: str | None) -> int | None:
-    if text is None:
-        return None
-    ids = lm.tokenizer.encode(text, bos=False)
-    if len(ids) != 1:
-        raise DataError(f"the answer {text!r} is {len(ids)} tokens; it must be one (with its space: {' ' + text!r}?).")
-    return ids[0]
-
-
-def as_json(lm: LanguageModel, seen: Trace, model: str, settings: Settings) -> dict[str, Any]:
+def as_json(lm: LanguageModel, question: Asked, seen: Trace, model: str, settings: Settings) -> dict[str, Any]:
     """Everything the page and the picture show; values are probabilities [layer][token]."""
     start, stop = seen.subject
     labels = [
         label(lm.tokenizer, token) + ("*" if start <= position < stop else "")
         for position, token in enumerate(seen.tokens)
     ]
-    answer = label(lm.tokenizer, seen.answer)
+    answer = answer_name(lm, question, seen.answer)
+    so_far = [label(lm.tokenizer, token) for token in question.answer]
     grids = [
         {
             "title": site,
-            "note": f"window of {settings.window} layers" if site in WINDOWED else "one layer",
-            "columns": labels,
+            "note": f"window of {settings.window} layers" if site.endswith(WINDOWED) else "one layer",
+            "columns": so_far if site.startswith("decoder.") else labels,
             "rows": [str(layer) for layer in range(len(grid))],
             "values": [[float(f"{value:.5g}") for value in row] for row in grid.tolist()],
             "neutral": seen.corrupted,

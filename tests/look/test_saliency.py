@@ -11,6 +11,7 @@ import torch
 import bildung
 from bildung.core.errors import DataError
 from bildung.look import saliency as operation
+from bildung.look.asked import Asked
 from bildung.look.input_attribution import gradient_x_input, integrated_gradients, outputs, rollout, token_vector
 from bildung.look.saliency import explain
 from bildung.model.taps import intervene, observe
@@ -99,5 +100,49 @@ def test_the_page_targets_and_what_is_refused(tmp_path: Path) -> None:
         explain(lm, "the cat", methods=("rolout",))  # type: ignore[arg-type]
     said = explain(tiny_lm(), "abc", target="d", methods=("gradient_x_input",))
     assert said.name == "d" and len(said.methods["gradient_x_input"].scores_L) == len(said.tokens)
-    with pytest.raises(DataError, match="no class and no next token"):
+    with pytest.raises(DataError, match="exactly one mask token"):
         explain(tiny_encoder("BertForMaskedLM"), "the cat")
+    with pytest.raises(DataError, match="no class, no next token and no masked"):
+        explain(tiny_encoder("BertModel"), "the cat")
+    assert set(explain(made("rnn"), IDS).methods) == {"gradient_x_input", "integrated_gradients"}
+
+
+def test_a_masked_token_and_an_answer_to_a_source_are_explained() -> None:
+    lm = tiny_encoder(initializer_range=0.3)
+    found = explain(lm, "the [MASK] sat on a mat", points=256)
+    with torch.no_grad():
+        logits_V = lm.model(torch.tensor([found.tokens]))[0, 2]
+    assert found.labels[0] == "[CLS]" and found.labels[2] == "[MASK]" and found.target == int(logits_V.argmax())
+    integral = found.methods["integrated_gradients"]
+    assert integral.value == pytest.approx(float(logits_V.max()), abs=1e-5)
+    assert integral.scores_L.sum().item() == pytest.approx(integral.value - (integral.baseline or 0), abs=0.02)
+    for family in ("t5", "bart", "rnn_seq2seq"):
+        lm = made(family)
+        source, answer = [5, 6, 7, 8, 257], [258, 9, 10]
+        found = explain(lm, source, answer=answer, points=256)
+        with torch.no_grad():
+            value = lm.model(torch.tensor([source]), torch.tensor([answer]))[0, -1].max().item()
+        integral = found.methods["integrated_gradients"]
+        assert found.tokens == source + answer and integral.value == pytest.approx(value, abs=1e-4)
+        explained = value - (integral.baseline or 0)
+        assert integral.scores_L.sum().item() == pytest.approx(explained, abs=0.01 * abs(explained) + 1e-3)
+        assert integral.scores_L[:5].abs().max() > 1e-4  # the source speaks too
+        if family != "rnn_seq2seq":
+            flow_I = found.methods["rollout"].scores_L
+            assert flow_I.sum().item() == pytest.approx(1) and (flow_I[:5] > 0).all()
+
+
+def test_rollout_through_cross_attention_by_hand() -> None:
+    model = made("t5").model
+    question = Asked(model, [258, 9])
+    with observe(model, "*.probs") as seen, torch.no_grad():
+        question.logits(torch.tensor([IDS]))
+    probs = {name: seen[name][0].mean(0).double() for name in seen}
+    eye = torch.eye(7, dtype=torch.float64)
+    read, flow = eye[:5], eye[5:]
+    for n in range(2):
+        read = (probs[f"encoder.layers.{n}.attn.probs"] @ read + read) / 2
+    for n in range(2):
+        flow = (probs[f"decoder.layers.{n}.attn.probs"] @ flow + flow) / 2
+        flow = (probs[f"decoder.layers.{n}.cross.probs"] @ read + flow) / 2
+    torch.testing.assert_close(rollout(question, IDS), flow, atol=1e-6, rtol=1e-6)

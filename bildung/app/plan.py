@@ -7,6 +7,9 @@
 
 With `data` among the settings of a tuning, its real batches are planned; otherwise full rows. What is counted stands in
 train/plan.py; the time comes from a few steps on random numbers, which take `seconds`.
+
+Exit code 1 says that the operation, as it was given, does not fit the memory (with `parallel` among its settings: not
+on any of the numbers of devices planned for); what would fit has then been printed.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,7 +44,7 @@ class Command:
     operation: tyro.conf.Positional[str]  # a verb, in quotes: "tune lora", "pretrain causal", quantize, generate
     source: tyro.conf.Positional[Path]  # the directory it would start from
     given: tuple[str, ...] = ()  # its settings, as name=value
-    memory: str | None = None  # of one device, such as 24GB; default: all there is here
+    memory: str | None = None  # of one device, such as 24GB; default: all there is here. Exit code 1: it does not fit
     device: Literal["cpu", "cuda"] | None = None  # default: cuda where there is one
     ranks: tuple[int, ...] = (1, 2, 4, 8)  # numbers of devices to plan for
     seconds: float = 10.0  # how long to measure the speed; 0: not at all
@@ -62,13 +66,15 @@ def command(settings: Command) -> None:
     room = bytes_of(settings.memory) if settings.memory else room_of(torch.device(device))
     console.print(f"{settings.operation} from {settings.source}", markup=False)
     if settings.operation in plan_using.OPERATIONS:
-        using(settings, source, room, console)
+        fits = using(settings, source, room, console)
     else:
-        training(settings, source, room, device == "cuda", console)
+        fits = training(settings, source, room, device == "cuda", console)
+    if not fits:
+        sys.exit(1)
 
 
-def training(settings: Command, source: Path, room: int, on_accelerator: bool, console: Console) -> None:
-    """The plan of an operation that trains."""
+def training(settings: Command, source: Path, room: int, on_accelerator: bool, console: Console) -> bool:
+    """The plan of an operation that trains; whether it fits as it was given."""
     from bildung.app.plan_advice import devices, in_words, what_fits
     from bildung.app.plan_training import subject
 
@@ -104,6 +110,9 @@ def training(settings: Command, source: Path, room: int, on_accelerator: bool, c
             console.print("Nothing that was tried fits: a smaller model, or more devices.", markup=False)
     if settings.seconds and made.peak_bytes < psutil.virtual_memory().available:
         console.print(time_line(planned, settings.seconds), markup=False)
+    shared = {"none": "ddp", "hybrid": "zero3", "tensor": "zero3"}.get(planned.given.parallel, planned.given.parallel)
+    counts = (1,) if planned.given.parallel == "none" else settings.ranks
+    return any(made.on(count, shared) <= room for count in counts)
 
 
 def planner(source: Path, on_accelerator: bool) -> Any:
@@ -139,8 +148,8 @@ def common(given: Any, kind: type) -> dict[str, Any]:
     return {name: value for name, value in as_dict(given).items() if name in shared and name != "learning_rate"}
 
 
-def using(settings: Command, source: Path, room: int, console: Console) -> None:
-    """The plan of an operation that trains nothing."""
+def using(settings: Command, source: Path, room: int, console: Console) -> bool:
+    """The plan of an operation that trains nothing; whether it fits."""
     from bildung.app.plan_training import runtime
     from bildung.app.plan_using import base_of, use
     from bildung.model.config import read_config
@@ -154,7 +163,7 @@ def using(settings: Command, source: Path, room: int, console: Console) -> None:
     console.print(parts_table(made.parts))
     if made.peak_bytes <= room:
         console.print(f"It fits {size(room)} (peak {size(made.peak_bytes)}).", markup=False)
-        return
+        return True
     largest = max(made.parts, key=lambda name: made.parts[name])
     console.print(f"{size(room)} is too small by {size(made.peak_bytes - room)}; the largest part: {largest}.")
     for change in using_less(settings.operation, words(settings.given)):
@@ -162,8 +171,9 @@ def using(settings: Command, source: Path, room: int, console: Console) -> None:
         if smaller.peak_bytes <= room:
             said = " ".join(f"{name}={value}" for name, value in change.items())
             console.print(f"With {said} it takes {size(smaller.peak_bytes)}.", markup=False)
-            return
+            return False
     console.print("Quantize the model first (`bildung quantize --method nf4`), or use a machine with more memory.")
+    return False
 
 
 def using_less(operation: str, given: dict[str, Any]) -> list[dict[str, Any]]:

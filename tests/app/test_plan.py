@@ -184,10 +184,32 @@ def test_advice_in_words() -> None:
 
 def test_too_little_memory_is_said_with_a_remedy(tiny_lm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--given", "max_length=200", "batch_size=8", "--device", "cuda", *NEVER)
-    shown = planned(capsys, "tune full", str(tiny_lm.path), *words, "--memory", "2MB")
+    shown = refused(capsys, "tune full", str(tiny_lm.path), *words, "--memory", "2MB")
     assert "too small by" in shown and "takes" in shown and "--" in shown
-    shown = planned(capsys, "generate", str(tiny_lm.path), "--memory", "1MB", "--given", "rows=4")
+    shown = refused(capsys, "generate", str(tiny_lm.path), "--memory", "1MB", "--given", "rows=4")
     assert "too small by" in shown
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What was said before exit code 1, which a script can act on."""
+    with pytest.raises(SystemExit) as stop:
+        run(["plan", *words])
+    assert stop.value.code == 1
+    return capsys.readouterr().out
+
+
+def test_a_sharing_that_was_asked_for_counts(
+    tiny_lm: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two devices with zero3 are enough: exit code 0 where zero3 is a setting."""
+    monkeypatch.setattr("bildung.app.plan_advice.what_fits", lambda *_: None)
+    values = {"batch_size": 1, "max_length": 16, "parallel": "zero3"}
+    made = subject("tune full", tiny_lm.path, settings_of("tune full", values)).plan(True)
+    words = (f"{name}={value}" for name, value in values.items())
+    given = ("tune full", str(tiny_lm.path), "--device", "cuda", *NEVER, "--given", *words)
+    memory = f"{0.8 * made.peak_bytes / 1e6}MB"
+    assert "One device" in planned(capsys, *given, "--memory", memory)
+    refused(capsys, *given, "--memory", memory, "--ranks", "1")
 
 
 def test_bad_words(tiny_lm: Any) -> None:

@@ -32,11 +32,11 @@ from bildung.look.patchscopes import check_layer
 from bildung.model.store import LanguageModel, load
 
 LINES = {
-    "patchscope, any target layer": "any_SN",
-    "patchscope, one target layer": "one_SN",
-    "its texts, of other objects": "others_SN",
-    "probe, names of its training": "seen_SN",
-    "probe, names never seen": "unseen_SN",
+    "patchscope, any layer": "any_SN",
+    "patchscope, one layer": "one_SN",
+    "patchscope, others' objects": "others_SN",
+    "probe, names it knows": "seen_SN",
+    "probe, new names": "unseen_SN",
 }
 EXAMPLES = 12
 
@@ -174,7 +174,7 @@ def page(numbers: dict[str, Any], picture: Path) -> str:
     shown = []
     for name, one in numbers["relations"].items():
         heads, body = table(one)
-        best = max(range(len(one["layers"])), key=lambda n: one["lines"]["patchscope, one target layer"][n][0])
+        best = max(range(len(one["layers"])), key=lambda n: one["lines"]["patchscope, one layer"][n][0])
         into = max(range(len(one["target_layers"])), key=lambda t: one["grid"][best][t])
         place = best * len(one["target_layers"]) + into
         examples = [[*fact, texts[place]] for fact, texts in zip(one["facts"], one["texts"], strict=True)][:EXAMPLES]

@@ -38,7 +38,7 @@ def _cells(grid: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
     return [
         [
             {
-                "text": f"{value:.2f}",
+                "text": f"{value:z.2f}",
                 "title": f"{grid['title']}, layer {grid['rows'][n]}, {grid['columns'][c]}: {value:.4f}",
                 "v": round(abs(far) / widest, 3),
                 "style": ("minus" if far < 0 else "") + (" strong" if abs(far) / widest > STRONG else ""),
@@ -68,7 +68,7 @@ def _draw(axis: Axes, grid: Mapping[str, Any]) -> None:
     axis.imshow(away, cmap=DIVERGING, vmin=-widest, vmax=widest, aspect="auto", interpolation="nearest")
     row, column = np.unravel_index(int(np.abs(away).argmax()), away.shape)
     ink = "white" if widest > 0.05 else INK
-    text = f"{grid['values'][row][column]:.2f}"
+    text = f"{grid['values'][row][column]:z.2f}"
     axis.text(float(column), float(row), text, ha="center", va="center", fontsize=5.5, color=ink, family=FONT)
     axis.set_xticks(range(len(grid["columns"])), [drawable(name) for name in grid["columns"]], rotation=45, ha="right")
     step = max(1, len(grid["rows"]) // 15)

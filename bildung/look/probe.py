@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -225,7 +227,7 @@ def as_text(numbers: dict[str, Any]) -> str:
 
 def draw(numbers: dict[str, Any], path: Path) -> None:
     """Score and control score by site, and beside them the selectivity, as a PNG."""
-    places = list(range(len(numbers["sites"])))
+    places, axis = along(numbers["sites"])
     metric, probes = numbers["metric"], numbers["probes"]
 
     def line(kind: str, name: str) -> tuple[list[int], list[float]]:
@@ -234,16 +236,17 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
     def errors(kind: str, name: str) -> list[float]:
         return [b or 0.0 for _, b in probes[kind][name]]
 
-    named = {f"{kind}{end}": (kind, name) for kind in probes for name, end in (("score", ""), ("control", " control"))}
+    # Probes first, then their controls: a probe has the same colour in every panel.
+    named = {f"{kind}{end}": (kind, name) for name, end in (("score", ""), ("control", " control")) for kind in probes}
     lines: dict[str, Any] = {shown: line(*which) for shown, which in named.items()}
     lines["word type" if numbers["level"] == "word" else "last word"] = (places, [numbers["by_type"]] * len(places))
     panels = [
         Panel(
-            f"{metric} of probes in {numbers['model']}", "site, from the embedding up", lines, y_label=metric,
+            f"{metric} of probes in {numbers['model']}", axis, lines, y_label=metric,
             errors={shown: errors(*which) for shown, which in named.items()},
         ),
         Panel(
-            f"selectivity: {metric} minus {metric} on the control task", "site, from the embedding up",
+            f"selectivity: {metric} minus {metric} on the control task", axis,
             {kind: line(kind, "selectivity") for kind in probes}, y_label="selectivity",
             errors={kind: errors(kind, "selectivity") for kind in probes},
         ),
@@ -256,8 +259,17 @@ def draw(numbers: dict[str, Any], path: Path) -> None:
         }
         coded = {shown: line(*which) for shown, which in named.items()}
         title = f"description length; a uniform code: {numbers['uniform_bits']:.2f}"
-        panels.append(Panel(title, "site, from the embedding up", coded, y_label="bits per label"))
+        panels.append(Panel(title, axis, coded, y_label="bits per label"))
     draw_lines(panels, path)
+
+
+def along(sites: Sequence[str]) -> tuple[list[int], str]:
+    """(where each site stands, what the axis is): the number of layers below it, if all are of the residual stream."""
+    found = [re.fullmatch(r"(.*)layers\.(\d+)\.resid_(pre|post)", site) for site in sites]
+    passed = [int(one[2]) + (one[3] == "post") for one in found if one]
+    if len({one[1] for one in found if one}) == 1 and len(set(passed)) == len(sites):
+        return passed, "layers passed (0: the embedding)"
+    return list(range(len(sites))), "site, in the order of the table"
 
 
 def page(numbers: dict[str, Any], picture: Path) -> str:

@@ -266,6 +266,8 @@ def test_operation_leaves_page_picture_and_numbers(level: str, tmp_path: Path, m
     assert f"look probe  {6 * len(settings.probes)}/{6 * len(settings.probes)}" in capsys.readouterr().err
     numbers = json.loads((tmp_path / "out/probe.json").read_text())
     assert numbers["sites"] == ["layers.0.resid_pre", "layers.0.resid_post", "layers.1.resid_post"]
+    assert operation.along(numbers["sites"])[0] == [0, 1, 2] != operation.along(numbers["sites"][::2])[0]
+    assert operation.along(["layers.3.mlp.out", "layers.5.resid_post"])[0] == [0, 1]
     scores = numbers["probes"]["linear"]
     for s in range(3):
         assert scores["selectivity"][s][0] == pytest.approx(scores["score"][s][0] - scores["control"][s][0], abs=2e-4)

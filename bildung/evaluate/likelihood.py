@@ -81,6 +81,11 @@ def input_of(example: Example) -> tuple[int, ...]:
 def score_batch(
     model: Decoder, h_BLD: Tensor, served: list[tuple[int, int]], examples: Sequence[Example]
 ) -> dict[int, Score]:
+    """{example: its score} of those that one batch serves, from its final states.
+
+    served: (row of the batch, number of the example that reads it); a row may serve several, whose tokens before the
+    last target are the row's first. A score is in nats, over the example's targets alone.
+    """
     length = h_BLD.shape[1]
     places, targets, ends = [], [], []
     for b, index in served:

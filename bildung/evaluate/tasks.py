@@ -119,6 +119,11 @@ def data_of(name: str) -> dict[str, str]:
 
 
 def read_documents(path: Path, file: TaskFile, split: str | None) -> tuple[list[Row], list[str]]:
+    """(the rows of a task's split, a note for each source some of whose rows could not be used).
+
+    split: of the source; None where it has none. Of chat_loglikelihood a row is {"messages": its conversation}. Raises
+    DataError for a source that cannot be read or has no row that can be used.
+    """
     documents: list[Row] = []
     notes: list[str] = []
     for source, its_split in sources_of(path, file, split):
@@ -132,6 +137,10 @@ def read_documents(path: Path, file: TaskFile, split: str | None) -> tuple[list[
 
 
 def draw_documents(documents: list[Row], limit: Any, seed: str) -> list[Row]:
+    """`limit` of the documents, drawn by the seed and in the order they have; all of them where there are no more.
+
+    Raises DataError for a limit that is no whole number from 1, or None.
+    """
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise DataError(f"limit = {limit!r}: at least 1 document, or None for all")
     if limit is None or limit >= len(documents):
@@ -257,5 +266,6 @@ def _argmax(values: Sequence[float]) -> int:
 
 
 def is_answered(file: TaskFile, row: Row) -> bool:
+    """Whether the row's answer is known: a split for a leaderboard has its labels hidden."""
     target = target_of(file, row)
     return not (isinstance(target, int) and target < 0)  # hidden test labels are -1 in many hub datasets

@@ -86,11 +86,13 @@ def attend(
 
 
 # Operators of their own: to a compiler, and to a plan on paper, each is one call with a known result.
+GIVEN = "Tensor q, Tensor k, Tensor v, float scale, Tensor table, Tensor bias, float dropout, Tensor seed"
+
+
 @torch.library.custom_op(
     "bildung::attend",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, float scale, Tensor table, Tensor bias, float dropout, Tensor seed) -> "
-    "Tensor",
+    schema=f"({GIVEN}) -> Tensor",
 )
 def _attend(
     q_BNLH: Tensor,
@@ -117,8 +119,7 @@ def _attend(
 @torch.library.custom_op(
     "bildung::attend_backward",
     mutates_args=(),
-    schema="(Tensor dz, Tensor q, Tensor k, Tensor v, float scale, Tensor table, Tensor bias, float dropout, "
-    "Tensor seed) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dz, {GIVEN}) -> (Tensor, Tensor, Tensor)",
 )
 def _attend_backward(
     dz_BLNH: Tensor,

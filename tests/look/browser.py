@@ -73,7 +73,8 @@ class Browser:
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression; of a promise, what it comes to."""
-        return self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)["result"].get("value")
+        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        return found["result"].get("value")
 
     def press(self, key: str) -> None:
         """One key, down and up."""

@@ -117,6 +117,11 @@ class TokenRows(Sequence[list[Example]]):
 
     def __getitem__(self, number: int) -> list[Example]:  # type: ignore[override]
         """Row `number` as the pieces of documents in it, which see only themselves."""
+        pieces = [piece.tolist() for piece in self.pieces(number)]
+        return [Example(piece, [False] + [True] * (len(piece) - 1)) for piece in pieces]
+
+    def pieces(self, number: int) -> list[NDArray[Any]]:
+        """The tokens of these pieces, where they lie in the files: nothing is copied."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         part = bisect_right(self._first_row, number) - 1
@@ -125,8 +130,7 @@ class TokenRows(Sequence[list[Example]]):
         end = begin + self.length
         borders = starts[np.searchsorted(starts, begin, "right") : np.searchsorted(starts, end)]
         edges = [begin, *borders.tolist(), end]
-        pieces = [tokens[a:b].tolist() for a, b in pairwise(edges)]
-        return [Example(piece, [False] + [True] * (len(piece) - 1)) for piece in pieces]
+        return [tokens[a:b] for a, b in pairwise(edges)]
 
     def __iter__(self) -> Iterator[list[Example]]:
         return (self[number] for number in range(len(self)))

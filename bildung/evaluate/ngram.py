@@ -6,103 +6,118 @@ c(h w) counts occurrences at the highest order. Below it counts continuations: h
 before `h w` ("Francisco" is frequent but follows only "San", so it is a poor guess in general). D = n1 / (n1 + 2 n2)
 per order, from how many n-grams were seen once and twice. The last step down is 1 / V.
 (Kneser & Ney 1995; Chen & Goodman 1999, eq. 21, with one discount per order.)
+
+No table of all n-grams is kept. The held-out text asks after some thousands of them; what the training text says of
+those is counted order by order, a share of the text's n-grams at a time. From n + 1 to n, one place of every distinct
+(n + 1)-gram is enough, as each is one continuation of its last n tokens:
+
+    places of all tokens  --distinct 5-grams-->  places  --distinct 4-grams-->  places  ...  -->  one place per word
+
+So millions of tokens take some 25 bytes each, where the tables would take hundreds.
 """
 
-# T tokens of all documents, G distinct n-grams
+# T tokens of all documents, P places, G distinct n-grams, H tokens of the held-out text
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 MIX = np.uint64(0x9E3779B97F4A7C15)  # an odd multiplier: n-grams become 64-bit keys; collisions are ~ G² / 2^65
+SHARES = 16  # n-grams are sorted in so many shares, by the last bits of their keys
+AT_ONCE = 2**18  # places whose keys are computed at a time
 
 Keys = NDArray[np.uint64]
+Places = NDArray[np.unsignedinteger]
+Documents = Sequence[ArrayLike]
 
 
-@dataclass(frozen=True)
-class _Order:
-    """The n-grams of one length: sorted keys with counts; sorted keys of their contexts with totals and types."""
+def kneser_ney_nats(documents: Documents, held_out: Documents, *, order: int, vocab_size: int) -> NDArray[np.float64]:
+    """-log p of every token of `held_out` given those before it in its document (H,), by the n-grams of `documents`.
 
-    gram_G: Keys
-    count_G: NDArray[np.int64]
-    context_C: Keys
-    total_C: NDArray[np.int64]
-    types_C: NDArray[np.int64]
-    discount: float
-
-
-class KneserNey:
-    """`KneserNey(documents, order=5, vocab_size=V).nats(documents)` -> -log p of every token, document by document."""
-
-    def __init__(self, documents: Sequence[Sequence[int]], *, order: int, vocab_size: int):
-        self.order, self.vocab_size = order, vocab_size
-        stream, is_real = _joined(documents, order, vocab_size)
-        self.orders: list[_Order] = []
-        longer: tuple[Keys, Keys] | None = None  # distinct (n+1)-grams, by the keys of their last n tokens
-        for n in range(order, 0, -1):
-            gram, context = _keys(stream, n), _keys(stream, n - 1, skip_last=True)
-            gram, context = gram[is_real], context[is_real]
-            if longer is None:
-                kept, counts = np.unique(gram, return_counts=True)
-            else:
-                kept, counts = np.unique(longer[0], return_counts=True)  # continuations
-            _, first = np.unique(gram, return_index=True)
-            contexts, place = np.unique(context[first], return_inverse=True)
-            totals = np.bincount(place, weights=counts).astype(np.int64)
-            types = np.bincount(place)
-            ones, twos = int((counts == 1).sum()), int((counts == 2).sum())
-            discount = ones / (ones + 2 * twos) if ones and twos else 0.5
-            self.orders.insert(0, _Order(kept, counts, contexts, totals, types, discount))
-            if n > 1:
-                # Distinct n-grams, each known by its last n - 1 tokens: to be counted one order down.
-                longer = (_keys(stream, n - 1)[is_real][first], gram[first])
-
-    def nats(self, documents: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """-log p of every token given those before it in its document (T,)."""
-        stream, is_real = _joined(documents, self.order, self.vocab_size)
-        probability = np.full(int(is_real.sum()), 1 / self.vocab_size)
-        for n, known in enumerate(self.orders, start=1):
-            gram, context = _keys(stream, n)[is_real], _keys(stream, n - 1, skip_last=True)[is_real]
-            count = _look_up(known.gram_G, known.count_G, gram)
-            total = _look_up(known.context_C, known.total_C, context)
-            types = _look_up(known.context_C, known.types_C, context)
-            seen = total > 0
-            share = np.maximum(count - known.discount, 0) / np.maximum(total, 1)
-            left = known.discount * types / np.maximum(total, 1)
-            probability = np.where(seen, share + left * probability, probability)
-        return -np.log(probability)
+    order: tokens of the longest n-grams. Tokens lie in [0, vocab_size).
+    """
+    text, places = _joined(documents, order, vocab_size)
+    asked, asked_H = _joined(held_out, order, vocab_size)
+    found = []
+    for n in range(order, 0, -1):
+        question = _Question(_keys(asked, asked_H, n), _keys(asked, asked_H, n - 1, skip_last=True))
+        places = question.count(text, places, n)
+        found.append(question.terms())
+    probability_H = np.full(len(asked_H), 1 / vocab_size)
+    for seen_H, share_H, left_H in reversed(found):
+        probability_H = np.where(seen_H, share_H + left_H * probability_H, probability_H)
+    return -np.log(probability_H)
 
 
-def _joined(documents: Sequence[Sequence[int]], order: int, vocab_size: int) -> tuple[Keys, NDArray[np.bool_]]:
-    """All documents in one stream, each after `order` - 1 marks of its beginning; and which of the tokens are real."""
-    lengths = [len(document) for document in documents]
-    stream = np.full(sum(lengths) + len(lengths) * (order - 1), vocab_size, dtype=np.uint64)
-    is_real = np.zeros(len(stream), dtype=bool)
+class _Question:
+    """What the training text says of some n-grams and their contexts."""
+
+    def __init__(self, gram_H: Keys, context_H: Keys):
+        self.gram_G, self._gram_H = np.unique(gram_H, return_inverse=True)
+        self.context_C, self._context_H = np.unique(context_H, return_inverse=True)
+        self.count_G = np.zeros(len(self.gram_G), np.int64)
+        self.total_C, self.types_C = np.zeros((2, len(self.context_C)), np.int64)
+        self.ones = self.twos = 0  # of all n-grams, not only of those that are asked for
+
+    def count(self, text: NDArray[np.uint32], places: Places, n: int) -> Places:
+        """Take in the n-grams that end at these places; returns one place of each distinct one."""
+        gram_P = _keys(text, places, n)
+        share_P = (gram_P % np.uint64(SHARES)).astype(np.uint8)
+        kept = []
+        for share in range(SHARES):
+            inside = np.flatnonzero(share_P == share)
+            gram, first, counts = np.unique(gram_P[inside], return_index=True, return_counts=True)
+            kept.append(places[inside[first]])
+            context = _keys(text, kept[-1], n - 1, skip_last=True)
+            self.ones += int((counts == 1).sum())
+            self.twos += int((counts == 2).sum())
+            _add(self.count_G, self.gram_G, gram, counts)
+            _add(self.total_C, self.context_C, context, counts)
+            _add(self.types_C, self.context_C, context, np.ones_like(counts))
+        return np.concatenate(kept)
+
+    def terms(self) -> tuple[NDArray[np.bool_], NDArray[np.float64], NDArray[np.float64]]:
+        """Of each token: whether its context was seen, the n-gram's own share, and the weight left for shorter ones."""
+        discount = self.ones / (self.ones + 2 * self.twos) if self.ones and self.twos else 0.5
+        count_H = self.count_G[self._gram_H]
+        total_H, types_H = self.total_C[self._context_H], self.types_C[self._context_H]
+        share_H = np.maximum(count_H - discount, 0) / np.maximum(total_H, 1)
+        return total_H > 0, share_H, discount * types_H / np.maximum(total_H, 1)
+
+
+def _add(sums: NDArray[np.int64], wanted: Keys, keys: Keys, numbers: NDArray[np.int64]) -> None:
+    """Add the numbers to the sums of those keys that are wanted (sorted); the others are nobody's concern."""
+    place = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
+    is_wanted = wanted[place] == keys
+    np.add.at(sums, place[is_wanted], numbers[is_wanted])
+
+
+def _joined(documents: Documents, order: int, vocab_size: int) -> tuple[NDArray[np.uint32], Places]:
+    """All documents in one stream, each after `order` - 1 marks of its beginning; and where its tokens are."""
+    lengths = [len(document) for document in documents]  # type: ignore[arg-type]
+    size = sum(lengths) + len(lengths) * (order - 1)
+    stream, is_real = np.full(size, vocab_size, dtype=np.uint32), np.zeros(size, dtype=bool)
     at = 0
-    for document in documents:
+    for document, length in zip(documents, lengths, strict=True):
         at += order - 1
-        stream[at : at + len(document)] = np.asarray(document, dtype=np.uint64)
-        is_real[at : at + len(document)] = True
-        at += len(document)
-    return stream, is_real
+        stream[at : at + length] = document
+        is_real[at : at + length] = True
+        at += length
+    return stream, np.flatnonzero(is_real).astype(np.uint32 if size < 2**32 else np.uint64)
 
 
-def _keys(stream: Keys, n: int, skip_last: bool = False) -> Keys:
-    """At every place the key of the n tokens that end there (skip_last: of the n before it)."""
+def _keys(stream: NDArray[np.uint32], places: Places, n: int, skip_last: bool = False) -> Keys:
+    """At each of the places the key of the n tokens that end there (skip_last: of the n before it)."""
     shift = 1 if skip_last else 0
-    key = np.full(len(stream), n, dtype=np.uint64)
-    with np.errstate(over="ignore"):
+    keys = np.full(len(places), n, dtype=np.uint64)
+    for start in range(0, len(places), AT_ONCE):
+        key, here = keys[start : start + AT_ONCE], places[start : start + AT_ONCE]
         for back in range(n - 1 + shift, shift - 1, -1):
-            key = key * MIX + np.roll(stream, back) + np.uint64(1)
+            key *= MIX
+            key += stream[here - here.dtype.type(back)]
+            key += np.uint64(1)
             key ^= key >> np.uint64(29)
-    return key
-
-
-def _look_up(keys: Keys, values: NDArray[np.int64], wanted: Keys) -> NDArray[np.int64]:
-    """The value of every wanted key, 0 where it is unknown."""
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[place] == wanted, values[place], 0)
+    return keys

@@ -75,7 +75,7 @@ def bptt(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
             counts_V = np.bincount(tokens[1:], minlength=lm.config.vocab_size)
             # A piece's first token is given, not predicted: its bytes do not count.
             bytes_ = sum(len(lm.tokenizer.decode(one.tokens[1:], skip_special=True).encode()) for one in held)
-            job.measured |= held_out_figures(final, counts_V, held, bytes_, [tokens.tolist()], settings.baseline_order)
+            job.measured |= held_out_figures(final, counts_V, held, bytes_, [tokens], settings.baseline_order)
             print(shown(job.measured))
         job.measured["tokens_per_epoch"] = len(tokens)
         lm.model.compute_dtype = None

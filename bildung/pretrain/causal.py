@@ -32,7 +32,7 @@ from bildung.data.mixture import Mixture, Phases
 from bildung.data.sources import fingerprint
 from bildung.data.token_files import DONE, TokenRows
 from bildung.evaluate.card import card
-from bildung.evaluate.ngram import KneserNey
+from bildung.evaluate.ngram import Documents, kneser_ney_nats
 from bildung.model.store import LanguageModel, write_model
 from bildung.pretrain.birth import begin
 from bildung.pretrain.meanwhile import Watched, check_looks, looks, samples
@@ -96,7 +96,7 @@ def causal(source: Path, out: Path, settings: Settings, *, force: bool = False) 
         if texts:
             final = mean_loss(lm.model, clm, held_batches)["loss"]
             order, vocab_size = settings.baseline_order, lm.config.vocab_size
-            train = [piece.tokens for one in rows for row in one for piece in row] if order else []
+            train = [piece for one in rows for n in range(len(one)) for piece in one.pieces(n)] if order else []
             counts_V = np.sum([one.counts(vocab_size) for one in rows], axis=0)
             bytes_ = sum(len(lm.tokenizer.decode(_targets(piece), skip_special=True).encode()) for piece in held)
             job.measured |= held_out_figures(final, counts_V, held, bytes_, train, order)
@@ -201,7 +201,7 @@ def held_out_figures(
     counts_V: NDArray[np.int64],
     held: Sequence[Example],
     bytes_: int,
-    train: Sequence[Sequence[int]],
+    train: Documents,
     baseline_order: int,
 ) -> dict[str, float]:
     """The held-out loss per token and in bits per byte, and those of the two counting models.
@@ -218,8 +218,10 @@ def held_out_figures(
         "held_out_bytes": bytes_,
     }
     if baseline_order:
-        counting = KneserNey(train, order=baseline_order, vocab_size=len(counts_V))
-        nats = sum(float(counting.nats([piece.tokens])[1:].sum()) for piece in held)
+        pieces = [piece.tokens for piece in held]
+        nats_H = kneser_ney_nats(train, pieces, order=baseline_order, vocab_size=len(counts_V))
+        ends = np.cumsum([len(piece) for piece in pieces])
+        nats = sum(float(nats[1:].sum()) for nats in np.split(nats_H, ends[:-1]))
         found["kneser_ney_bits_per_byte"] = nats / math.log(2) / bytes_
     return found
 

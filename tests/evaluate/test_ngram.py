@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from bildung.evaluate.ngram import KneserNey
+from bildung.evaluate.ngram import kneser_ney_nats
 
 V = 6
 
@@ -54,24 +55,35 @@ def documents() -> list[list[int]]:
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_equals_the_definition(documents: list[list[int]], order: int) -> None:
-    model = KneserNey(documents, order=order, vocab_size=V)
     held_out = [[0, 1, 2, 0, 5, 5], [3], [1, 1, 1, 0]]
     expected = [
         -math.log(by_definition(documents, document[:at], word, order))
         for document in held_out
         for at, word in enumerate(document)
     ]
-    np.testing.assert_allclose(model.nats(held_out), expected, rtol=1e-9)
+    found = kneser_ney_nats(documents, held_out, order=order, vocab_size=V)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_probabilities_add_up_to_one(documents: list[list[int]]) -> None:
-    model = KneserNey(documents, order=4, vocab_size=V)
     for history in ([], [0], [1, 0, 2], [5, 5, 5, 5]):
-        total = sum(math.exp(-model.nats([[*history, word]])[-1]) for word in range(V))
+        words = [[*history, word] for word in range(V)]
+        nats = kneser_ney_nats(documents, words, order=4, vocab_size=V)
+        total = np.exp(-nats.reshape(V, -1)[:, -1]).sum()
         assert total == pytest.approx(1)
 
 
 def test_longer_contexts_predict_a_regular_text_better() -> None:
     text = [[n % 3, (n + 1) % 3, n % 2 + 3] * 20 for n in range(12)]
-    losses = [KneserNey(text, order=n, vocab_size=V).nats(text).mean() for n in (1, 2, 3)]
+    losses = [kneser_ney_nats(text, text, order=n, vocab_size=V).mean() for n in (1, 2, 3)]
     assert losses[0] > 1.5 * losses[1] and losses[1] > 1.5 * losses[2]
+
+
+def test_a_long_text_takes_little_memory() -> None:
+    """Some bytes per token of the text beside the text itself, whatever the order: no table of its n-grams is kept."""
+    text = [np.random.default_rng(0).integers(500, size=2**18)]
+    tracemalloc.start()
+    kneser_ney_nats(text, [[1, 2, 3]], order=4, vocab_size=500)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 50 * 2**18

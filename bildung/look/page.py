@@ -49,6 +49,8 @@ def _flags(settings: Any, prefix: str = "--") -> list[str]:
             words += _flags(value, f"{flag}.")
         elif isinstance(value, bool):
             words.append(flag if value else f"{prefix}no-{field.name.replace('_', '-')}")
+        elif isinstance(value, str) and value.startswith("-"):
+            words.append(f"{flag}={value}")  # or it would be read as a flag
         else:
             words += [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
     return words

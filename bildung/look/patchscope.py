@@ -12,7 +12,6 @@ look/patchscopes.py, the published target prompts are in look/patch_targets.py.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,8 +19,8 @@ from typing import Any, Literal
 from bildung.core.errors import SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
-from bildung.core.settings import as_dict
 from bildung.core.settings import settings as settings_class
+from bildung.look.page import command_of
 from bildung.look.patch_targets import place_of, target_prompt
 from bildung.look.patchscope_page import as_json, draw, page, summary
 from bildung.look.patchscopes import Cell, check_layer, identity
@@ -106,7 +105,7 @@ def patchscope(source: Path, out: Path, settings: Settings, *, force: bool = Fal
         into = load(settings.into, settings.dtype) if settings.into else None
         numbers = patchscope_of(lm, settings, into) | {"model": Path(source).name}
         numbers["into"] = settings.into.name if settings.into else None
-        numbers["command"] = command_line(settings, numbers["model"])
+        numbers["command"] = command_of(job)
         text = json.dumps(numbers, ensure_ascii=False, allow_nan=False)
         (job.out / "patchscope.json").write_text(text + "\n", encoding="utf-8")
         (job.out / "patchscope.html").write_text(page(numbers), encoding="utf-8")
@@ -116,15 +115,3 @@ def patchscope(source: Path, out: Path, settings: Settings, *, force: bool = Fal
 
     companions = {k: v for k, v in {"into": settings.into, "map": settings.map}.items() if v is not None}
     return perform("look patchscope", source, out, settings, work, companions=companions, force=force)
-
-
-def command_line(given: Settings, model: str) -> str:
-    """What makes the page again."""
-    usual = as_dict(Settings(prompt=""))
-    words = [f"bildung look patchscope {model} OUT"]
-    for name, value in as_dict(given).items():
-        if value != usual[name]:
-            texts = [shlex.quote(str(one)) for one in (value if isinstance(value, list | tuple) else [value])]
-            flag = "--" + name.replace("_", "-")
-            words.append(flag if value is True else " ".join([flag, *texts]))
-    return " ".join(words)

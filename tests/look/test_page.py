@@ -5,13 +5,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from jinja2 import UndefinedError
 
-from bildung.look.page import render
+from bildung.app.cli import _operation_arguments, parse
+from bildung.core.operation import Job
+from bildung.core.verbs import verbs
+from bildung.look import logit_lens, patchscope, probe, trace
+from bildung.look.page import command_of, render
 from bildung.look.picture import draw_heads, draw_lens, drawable
 from bildung.look.prompt import label
 from tests.model.tiny import tiny_lm
@@ -31,6 +37,24 @@ def test_policy_allows_the_pages_own_script_alone(tmp_path: Path):
     assert "script-src" not in render("t.html", (tmp_path,), text="")
     with pytest.raises(UndefinedError):
         render("t.html", (tmp_path,))
+
+
+@pytest.mark.parametrize(
+    ("verb", "settings"),
+    [
+        ("logit_lens", logit_lens.Settings(prompt="--against 'a'\n$HOME", chat=True, against=Path("b c"))),
+        ("patchscope", patchscope.Settings(prompt="-", position=-2, layers=(1, 2), new_tokens=0, target="{} is")),
+        ("probe", probe.Settings(data="x.jsonl", limit=None, probes=("mlp",), options=probe.Options(rank=3))),
+        ("trace", trace.Settings(prompt="a b", subject="b", sites=("mlp.out",), deviations=2.5)),
+    ],
+)
+def test_the_command_at_the_foot_of_a_page_gives_its_settings(verb: str, settings: Any):
+    job = Job(f"look {verb}", Path("my models/a"), Path("out"), settings, None)
+    words = shlex.split(command_of(job))
+    one = verbs()[f"look {verb}"]
+    given = parse(_operation_arguments(one.load()), one, words[3:])
+    assert words[:3] == ["bildung", "look", verb] and (given.source, str(given.out)) == ("my models/a", "OUT")
+    assert given.settings == settings
 
 
 def test_labels_show_what_a_token_is():

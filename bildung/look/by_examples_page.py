@@ -82,7 +82,7 @@ def write_page(out: Path, model: str, found: dict[str, Any], template: str, word
 def draw(found: dict[str, Any], path: Path) -> None:
     """Accuracy over the number of examples, with a band of one standard error."""
     learned = [one for one in found["points"] if one["examples"]]
-    places = [math.log2(one["examples"]) for one in learned]
+    places = [one["examples"] for one in learned]
     lines: dict[str, Any] = {way: (places, [one[way] for one in learned]) for way in WAYS}
     errors = {way: [one[f"{way}_stderr"] for one in learned] for way in WAYS}
     ends = [places[0], places[-1]]
@@ -90,4 +90,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
         if not one["examples"]:
             lines["words, untrained"] = (ends, [one["generative"]] * 2)
     lines["most frequent"] = (ends, [found["most_frequent"]] * 2)
-    draw_lines([Panel("accuracy by labelled examples", "log2(examples)", lines, errors=errors)], path)
+    draw_lines([Panel("accuracy by number of examples", "labelled examples", lines, log_x=True, errors=errors)], path)

@@ -25,6 +25,7 @@ class Panel:
     x_label: str
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]
     log_y: bool = False
+    log_x: bool = False  # equal steps are equal factors; every x is written at the axis
     y_limits: tuple[float, float] | None = None
     y_label: str = ""
     shaded: tuple[float, str] | None = None
@@ -63,6 +64,11 @@ def _draw(axis: Axes, panel: Panel) -> None:
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M, not 2 and, in a corner, 1e6
     if all(float(x).is_integer() for xs, _ in panel.lines.values() for x in xs):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no layer 2.5
+    if panel.log_x:
+        places = sorted({x for xs, _ in panel.lines.values() for x in xs})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(places, [f"{x:,.10g}" for x in places])
+        axis.minorticks_off()
     axis.tick_params(length=2, labelsize=7, colors=MUTED)
     axis.grid(True, color=RULE, linewidth=0.4)
     for side, spine in axis.spines.items():

@@ -25,7 +25,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from bildung.core.errors import DataError, ModelFileError, NoSuchSite, RecordError
+from bildung.core.errors import DataError, ModelFileError, NoSuchSite, RecordError, SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.progress import progress
 from bildung.core.record import Record, hash_directory, read_record
@@ -53,6 +53,8 @@ class Settings:
 
 def cache(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
     """Make the cache. Raises NoSuchSite for a site that has no rows of tokens or texts, DataError for no text."""
+    if not settings.sites or settings.max_length < 4 or settings.batch_tokens < 1:
+        raise SettingsError("sites names at least one, max_length is at least 4 and batch_tokens at least 1.")
 
     def work(job: Job) -> None:
         lm = load(source)

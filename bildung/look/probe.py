@@ -96,10 +96,11 @@ def probe(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 def check(given: Settings) -> None:
     """Raises SettingsError for a number out of range."""
     given.options.check()
-    if given.seeds < 1 or given.max_length < 4 or given.memory < 0 or not given.probes:
-        raise SettingsError(
-            "seeds is at least 1, max_length at least 4, memory at least 0, and probes names at least one kind."
-        )
+    least = {"seeds": 1, "limit": 1, "max_length": 4, "memory": 0}
+    if wrong := [name for name in least if (value := getattr(given, name)) is not None and value < least[name]]:
+        raise SettingsError(f"{wrong[0]} = {getattr(given, wrong[0])}; it must be at least {least[wrong[0]]}.")
+    if not given.probes:
+        raise SettingsError("probes names no kind of probe; there are linear and mlp.")
 
 
 def probe_model(lm: LanguageModel, given: Settings, folder: Path | None = None) -> Probed:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bildung
-from bildung.core.errors import ModelFileError, NoSuchSite, RecordError
+from bildung.core.errors import ModelFileError, NoSuchSite, RecordError, SettingsError
 from bildung.look import cache as operation
 from bildung.look.cache import Activations, Settings
 from bildung.model.taps import observe
@@ -55,6 +55,9 @@ def test_a_cache_holds_what_the_model_does_and_goes_on_where_it_stopped(tmp_path
     other = bildung.load(bildung.save(tiny_lm(initializer_range=0.2), tmp_path / "other"))
     with pytest.raises(ModelFileError, match="other weights"):
         Activations(tmp_path / "out", other)
+    for nothing in ({"sites": ()}, {"max_length": 0}, {"batch_tokens": 0}):
+        with pytest.raises(SettingsError, match="at least 4 and batch_tokens at least 1"):
+            operation.cache(place, tmp_path / "none", Settings(**{"data": str(data), "sites": ("embed",), **nothing}))
     with pytest.raises(RecordError, match="no cache"):
         Activations(place)
     with pytest.raises(NoSuchSite, match=r"it holds layers\.0"):

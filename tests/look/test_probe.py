@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bildung
-from bildung.core.errors import DataError, NoSuchSite
+from bildung.core.errors import DataError, NoSuchSite, SettingsError
 from bildung.data.tagged import prose, read_tagged
 from bildung.look import activations
 from bildung.look import probe as operation
@@ -115,6 +115,12 @@ def test_online_code_is_the_sum_of_its_stretches() -> None:
 
     bits = online_code(fit, torch.zeros(8, 1), torch.arange(8) % 4, 4, portions=(0.25, 0.5, 1.0))
     assert read == [2, 4] and bits == pytest.approx(2 * 2 + 2 * 1 + 4 * 2)
+
+
+@pytest.mark.parametrize(("name", "value"), [("seeds", 0), ("limit", 0), ("max_length", 3), ("memory", -1.0)])
+def test_numbers_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(SettingsError, match=f"{name} = {value}; it must be at least"):
+        operation.check(operation.Settings(data="x", **{name: value}))
 
 
 def test_regression_and_its_baseline() -> None:

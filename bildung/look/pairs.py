@@ -14,6 +14,7 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
+from bildung.data.sources import rows as rows_of
 from bildung.look.asked import mask_id_of
 from bildung.look.pair_tasks import Corruption, Row, Task, make_rows
 from bildung.look.prompt import frame_around
@@ -50,7 +51,7 @@ def pairs(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 
 
 def chosen_pairs(lm: LanguageModel, name: str, count: int, seed: int, corruption: Corruption, job: Job) -> Pairs:
-    """Pairs of a task, or of a file; those made are left in OUT, those dropped are noted."""
+    """Pairs of a task, or of a file; those made are left in OUT, those dropped or not reached by `count` are noted."""
     longest = getattr(lm.config, "max_position_embeddings", None) or 512
     if name in TASKS:
         rows = [_for_model(lm, row) for row in make_rows(TASKS[name], lm.tokenizer, count, seed, corruption)]
@@ -59,6 +60,8 @@ def chosen_pairs(lm: LanguageModel, name: str, count: int, seed: int, corruption
     read = read_pairs(name, lm, count, longest)
     if read.dropped:
         job.notes.append(f"{len(read.dropped)} pairs were left out: " + "; ".join(read.dropped))
+    if sum(1 for _ in rows_of(name, limit=count + 1)) > count:
+        job.notes.append(f"{name} has more than the first {count} pairs, which were read; --count reads more")
     job.measured |= {"pairs": len(read.rows), "pairs left out": len(read.dropped)}
     return read
 

@@ -136,6 +136,11 @@ def test_grids_become_pages(place: Path):
     numbers = json.loads((place / "patch/patch.json").read_text())
     assert [len(grid["values"][0]) for grid in numbers["grids"]] == [1, 4, 2]
     assert "https://" not in (place / "patch/patch.html").read_text() and "strongest attn.k" in record.measured
+    assert record.notes == []
+    record = patch_verb.patch(
+        place / "lm", place / "one", patch_verb.Settings(**given | {"count": 1}, sites=(), at=("5",))
+    )
+    assert "more than the first 1 pairs" in record.notes[0]
     record = path_verb.path_patch(place / "lm", place / "path", path_verb.Settings(**given, receivers=("a1.h0.q",)))
     grid = json.loads((place / "path/path_patch.json").read_text())["grids"][0]
     assert grid["columns"] == ["0", "1", "2", "3", "mlp"] and grid["rows"] == ["0"]

@@ -51,17 +51,20 @@ def pairs(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 
 
 def chosen_pairs(lm: LanguageModel, name: str, count: int, seed: int, corruption: Corruption, job: Job) -> Pairs:
-    """Pairs of a task, or of a file; those made are left in OUT, those dropped or not reached by `count` are noted."""
+    """Pairs of a task, or of a file; those made are left in OUT, those dropped or not reached by `count` are said."""
     longest = getattr(lm.config, "max_position_embeddings", None) or 512
     if name in TASKS:
         rows = [_for_model(lm, row) for row in make_rows(TASKS[name], lm.tokenizer, count, seed, corruption)]
         write_pairs(rows, job.out / FILE)
         return encode_pairs(rows, lm, name, longest)
     read = read_pairs(name, lm, count, longest)
+    notes = []
     if read.dropped:
-        job.notes.append(f"{len(read.dropped)} pairs were left out: " + "; ".join(read.dropped))
+        notes.append(f"{len(read.dropped)} pairs were left out: " + "; ".join(read.dropped))
     if sum(1 for _ in rows_of(name, limit=count + 1)) > count:
-        job.notes.append(f"{name} has more than the first {count} pairs, which were read; --count reads more")
+        notes.append(f"{name} has more than the first {count} pairs, which were read; --count reads more")
+    job.notes += notes
+    print(*notes, sep="\n", end="\n" if notes else "")
     job.measured |= {"pairs": len(read.rows), "pairs left out": len(read.dropped)}
     return read
 

@@ -129,7 +129,7 @@ def test_look_circuit_finds_measures_and_draws(place: Path):
     assert measured.measured["edges"] == len(made["edges"]) and "other weights" in measured.notes[0]
 
 
-def test_grids_become_pages(place: Path):
+def test_grids_become_pages(place: Path, capsys: pytest.CaptureFixture[str]):
     given = {"pairs": str(place / "pairs.jsonl"), "count": 2}
     settings = patch_verb.Settings(**given, sites=("resid_pre",), heads=("attn.z", "attn.k"), at=("5",))
     record = patch_verb.patch(place / "lm", place / "patch", settings)
@@ -140,7 +140,7 @@ def test_grids_become_pages(place: Path):
     record = patch_verb.patch(
         place / "lm", place / "one", patch_verb.Settings(**given | {"count": 1}, sites=(), at=("5",))
     )
-    assert "more than the first 1 pairs" in record.notes[0]
+    assert "more than the first 1 pairs" in record.notes[0] and record.notes[0] in capsys.readouterr().out
     record = path_verb.path_patch(place / "lm", place / "path", path_verb.Settings(**given, receivers=("a1.h0.q",)))
     grid = json.loads((place / "path/path_patch.json").read_text())["grids"][0]
     assert grid["columns"] == ["0", "1", "2", "3", "mlp"] and grid["rows"] == ["0"]

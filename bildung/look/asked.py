@@ -8,9 +8,10 @@
 
     WithSource    the decoder of an encoder-decoder, its source in mind: a causal model of the answer. For lenses,
                   attribution, heads and Patchscopes it is a decoder whose layers are called decoder.layers.N
+    SourceReader  its encoder, as an encoder
     Asked         any of them as one function: texts -> a row of logits each. For patching, tracing, edges and saliency
 
-Both read the source anew in every pass, so that what somebody observes or changes in the encoder is met. (`model.given`
+All read the source anew in every pass, so that what somebody observes or changes in the encoder is met. (`model.given`
 reads it once, which is right for decoding.)
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,10 @@ from bildung.core.errors import DataError
 from bildung.model.base import CausalLM, Model
 from bildung.model.decoder_classifier import DecoderClassifier
 from bildung.model.encoder import Encoder
+from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.store import LanguageModel
+
+StackName = Literal["encoder", "decoder"]
 
 
 class WithSource(CausalLM):
@@ -89,6 +93,26 @@ class WithSource(CausalLM):
     def unembed(self, h_BLD: Tensor) -> Tensor:
         logits: Tensor = self.whole.unembed(h_BLD)
         return logits
+
+
+class SourceReader(Model):
+    """The encoder of an encoder-decoder, as an encoder: `hidden(source_BS)`. config: the encoder's own."""
+
+    stack = "encoder."
+
+    def __init__(self, whole: EncoderDecoder):
+        super().__init__(whole.encoder.config)
+        self.whole = whole
+        self.taps, self.sites, self.attached = whole.taps, whole.sites, whole.attached
+        self.compute_dtype, self.training = whole.compute_dtype, whole.training
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.whole.shared
+
+    def hidden(self, tokens_BL: Tensor, *, keep_BL: Tensor | None = None) -> Tensor:
+        """Its states BLD, which the decoder looks at."""
+        return self.whole.encode(tokens_BL.to(self.device), keep_BL).states_BSD
 
 
 class Asked(Model):
@@ -156,7 +180,17 @@ def with_source(lm: LanguageModel, source: Sequence[int]) -> LanguageModel:
 
 def whole_of(model: Any) -> Any:
     """The model as it was loaded."""
-    return model.whole if isinstance(model, WithSource | Asked) else model
+    return model.whole if isinstance(model, WithSource | SourceReader | Asked) else model
+
+
+def stack_in(lm: LanguageModel, stack: StackName, source: Sequence[int]) -> LanguageModel:
+    """One stack of an encoder-decoder: its encoder, or its decoder with a source in mind. Other models as they are."""
+    if not isinstance(lm.model, EncoderDecoder):
+        return lm
+    if stack == "decoder":
+        return with_source(lm, source)
+    reader = SourceReader(lm.model)
+    return replace(lm, model=reader, config=reader.config)
 
 
 def mask_id_of(lm: LanguageModel) -> int | None:

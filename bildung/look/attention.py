@@ -2,6 +2,7 @@
 
     bildung look attention SOURCE OUT --prompt "When Mary and John went to the store, John gave a drink to"
     bildung look attention TUNED OUT --prompt "..." --against BASE
+    bildung look attention T5 OUT --prompt "a source" --stack decoder     its own answer
 
 OUT gets attention.html (one file, works offline), attention.png, patterns.safetensors and attention.json. The
 computation is in look/attention_patterns.py.
@@ -22,6 +23,7 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look import picture
+from bildung.look.asked import StackName
 from bildung.look.attention_patterns import AttentionPatterns, attention_patterns, moved, pattern_difference, pooled
 from bildung.look.page import command_of, data_url, look_page, packed
 from bildung.model.store import load
@@ -36,6 +38,7 @@ class Settings:
 
     prompt: str  # the text to read
     chat: bool = False  # the prompt is a user's turn, put through the model's chat template
+    stack: StackName = "encoder"  # of an encoder-decoder: its encoder reads the prompt, its decoder its own answer
     against: Path | None = None  # a second model (B) that reads the same tokens
     max_tokens: int = 512  # refuse longer prompts: patterns grow with the square
 
@@ -48,10 +51,11 @@ def attention(source: Path, out: Path, settings: Settings, *, force: bool = Fals
         lm, prompt, chat, longest = load(source), settings.prompt, settings.chat, settings.max_tokens
         model, other, b = Path(source).name, None, None
         if settings.against is None:
-            a = attention_patterns(lm, prompt, chat=chat, max_tokens=longest)
+            a = attention_patterns(lm, prompt, chat=chat, max_tokens=longest, stack=settings.stack)
         else:
             other = settings.against.name
-            a, b = pattern_difference(lm, load(settings.against), prompt, chat=chat, max_tokens=longest)
+            other_lm = load(settings.against)
+            a, b = pattern_difference(lm, other_lm, prompt, chat=chat, max_tokens=longest, stack=settings.stack)
         tensors = {"a": a.probs_NHLS} | ({"b": b.probs_NHLS} if b else {})
         save_file({key: probs.contiguous() for key, probs in tensors.items()}, job.out / "patterns.safetensors")
         numbers = as_json(a, b, prompt, chat, model, other)

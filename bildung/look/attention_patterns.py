@@ -15,7 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bildung.look.prompt import check_same_model_shape, check_same_tokens, encode_prompt, label
+from bildung.core.errors import DataError
+from bildung.look.asked import StackName, stack_in, stack_prefix
+from bildung.look.lens import ANSWER
+from bildung.look.prompt import check_same_model_shape, check_same_tokens, encode_prompt, label, text_in
+from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.store import LanguageModel
 from bildung.model.taps import observe
 
@@ -47,13 +51,28 @@ class AttentionPatterns:
 
 @torch.no_grad()
 def attention_patterns(
-    lm: LanguageModel, prompt: str | Sequence[int] | Tensor, *, chat: bool = False, max_tokens: int = LONGEST
+    lm: LanguageModel,
+    prompt: str | Sequence[int] | Tensor,
+    *,
+    chat: bool = False,
+    max_tokens: int = LONGEST,
+    stack: StackName = "encoder",
 ) -> AttentionPatterns:
     """The patterns of every head on a text or on token ids; plain, adapted, quantized and edited models alike.
 
-    chat: the text is a user's turn. Raises DataError for a prompt that is empty or longer than max_tokens.
+    chat: the text is a user's turn. stack: of an encoder-decoder; its decoder reads its own answer to the prompt.
+    Raises DataError for a prompt that is empty or longer than max_tokens, and where nothing attends to tokens.
     """
-    return _patterns(lm, encode_prompt(lm, prompt, chat, max_tokens))
+    return _patterns(*_reading(lm, prompt, chat, max_tokens, stack))
+
+
+def _reading(
+    lm: LanguageModel, prompt: str | Sequence[int] | Tensor, chat: bool, limit: int, stack: StackName
+) -> tuple[LanguageModel, list[int]]:
+    """(what attends to the tokens, the tokens)."""
+    if isinstance(lm.model, EncoderDecoder) and stack == "encoder":
+        return stack_in(lm, stack, ()), encode_prompt(lm, prompt, chat, limit)
+    return text_in(lm, prompt, chat=chat, limit=limit, new_tokens=ANSWER)
 
 
 def pattern_difference(
@@ -63,15 +82,18 @@ def pattern_difference(
     *,
     chat: bool = False,
     max_tokens: int = LONGEST,
+    stack: StackName = "encoder",
 ) -> tuple[AttentionPatterns, AttentionPatterns]:
-    """Both models' patterns on the same token ids (with `chat`: those of A's template).
+    """Both models' patterns on the same token ids (with `chat`: those of A's template; of decoders that answer a
+    source, of A's answer).
 
     Raises TokenizerError when their tokenizers disagree, DataError when they have other layers or heads.
     """
     ids = encode_prompt(a, prompt, chat, max_tokens)
     check_same_tokens(a, b, ids, prompt, chat)
     check_same_model_shape(a, b)
-    return _patterns(a, ids), _patterns(b, ids)
+    one, read = _reading(a, ids, False, max_tokens, stack)
+    return _patterns(one, read), _patterns(stack_in(b, stack, ids), read)
 
 
 def pooled(values_NHLS: Tensor, side: int) -> Tensor:
@@ -94,7 +116,10 @@ def moved(a: AttentionPatterns, b: AttentionPatterns) -> Tensor:
 
 @torch.no_grad()
 def _patterns(lm: LanguageModel, ids: list[int]) -> AttentionPatterns:
-    with observe(lm.model, "layers.*.attn.probs") as seen:
+    sites = [f"{stack_prefix(lm.model)}layers.{n}.attn.probs" for n in range(lm.config.num_hidden_layers)]
+    if sites[0] not in lm.model.sites:
+        raise DataError(f"a {lm.config.model_type} of kind {lm.config.kind!r} has no heads that attend to its tokens.")
+    with observe(lm.model, sites) as seen:
         lm.model.hidden(torch.tensor([ids], device=lm.model.device))
-    probs = [seen[f"layers.{n}.attn.probs"][0].float().cpu() for n in range(lm.config.num_hidden_layers)]
+    probs = [seen[site][0].float().cpu() for site in sites]
     return AttentionPatterns(ids, [label(lm.tokenizer, number) for number in ids], torch.stack(probs))

@@ -30,6 +30,7 @@ from bildung.core.settings import settings as settings_class
 from bildung.data.examples import clm_examples
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
+from bildung.look.lens import check_writes
 from bildung.look.line_picture import Panel, draw_lines
 from bildung.model.store import LanguageModel, load
 from bildung.train.objectives import surprisal
@@ -78,6 +79,7 @@ def by_position(source: Path, out: Path, settings: Settings, *, force: bool = Fa
         found = []
         for place in places:
             lm = first if place is places[0] else load(place)
+            check_writes(lm)
             _check_reads_alike(first, lm, tokens_RL)
             found.append(curve(lm, place.name, tokens_RL, trained, settings.bins))
         numbers = {
@@ -134,8 +136,9 @@ def losses(lm: LanguageModel, tokens_RL: Tensor) -> Tensor:
     """Mean -log p of the token after each position but the last, nats, float32 (L - 1,)."""
     total_L = torch.zeros(tokens_RL.shape[1] - 1)
     for rows in tokens_RL.split(max(1, BATCH_TOKENS // tokens_RL.shape[1])):
+        rows = rows.to(lm.model.device)
         h_RLD = lm.model.hidden(rows)[:, :-1]
-        total_L += surprisal(lm.model, h_RLD.flatten(0, 1), rows[:, 1:].flatten()).view(len(rows), -1).sum(0)
+        total_L += surprisal(lm.model, h_RLD.flatten(0, 1), rows[:, 1:].flatten()).view(len(rows), -1).sum(0).cpu()
     return total_L / len(tokens_RL)
 
 

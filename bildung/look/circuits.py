@@ -28,6 +28,7 @@ from bildung.look.composition import KINDS, baseline, composition
 from bildung.look.head_weights import copying, embedding, head_weights, matching, through, unembedding
 from bildung.look.page import command_of, look_page
 from bildung.model.base import CausalLM
+from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.store import LanguageModel, load
 
 STRONGEST = 40  # pairs in the table of each kind
@@ -37,7 +38,7 @@ STRONGEST = 40  # pairs in the table of each kind
 class Settings:
     """Circuits of weights."""
 
-    prefix: str = ""  # "encoder." or "decoder." of a model that has both
+    prefix: str = ""  # "encoder." or "decoder." of a model that has both; default: the decoder
     distances: tuple[int, ...] = (0,)  # of query to key, for RoPE: one, or several whose mean is taken
 
 
@@ -61,13 +62,14 @@ def circuit_arrays(lm: LanguageModel, settings: Settings | None = None) -> dict[
     """ "Q", "K", "V": composition above chance (M, M), row the later head, NaN where there is none. "norm of QK",
     "norm of OV", and where the stream leads to tokens "OV copying" and "QK matching": (N, H). Raises DataError."""
     given = settings or Settings()
-    layers = head_weights(lm.model, prefix=given.prefix, distances=given.distances)
+    prefix = given.prefix or ("decoder." if isinstance(lm.model, EncoderDecoder) else "")
+    layers = head_weights(lm.model, prefix=prefix, distances=given.distances)
     arrays = {kind: scores - baseline(layers[0].q_NHD.shape[-1]) for kind, scores in composition(layers).items()}
     arrays["norm of QK"] = torch.stack([layer.qk.norm().cpu() for layer in layers])
     arrays["norm of OV"] = torch.stack([layer.ov.norm().cpu() for layer in layers])
-    if isinstance(lm.model, CausalLM) or given.prefix == "decoder.":
-        e_VD = embedding(lm.model, given.prefix)
-        through_DD = through(e_VD, unembedding(lm.model, given.prefix))
+    if isinstance(lm.model, CausalLM) or prefix == "decoder.":
+        e_VD = embedding(lm.model, prefix)
+        through_DD = through(e_VD, unembedding(lm.model, prefix))
         arrays["OV copying"] = torch.stack([copying(layer, through_DD) for layer in layers])
         arrays["QK matching"] = torch.stack([matching(layer, e_VD) for layer in layers])
     return arrays

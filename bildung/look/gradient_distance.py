@@ -24,6 +24,7 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
+from bildung.look.lens import check_writes
 from bildung.look.line_picture import Panel, draw_lines
 from bildung.model.store import LanguageModel, load
 from bildung.model.taps import observe
@@ -50,6 +51,7 @@ def gradient_distance(source: Path, out: Path, settings: Settings, *, force: boo
         rates: dict[str, float] = {}
         for name, place in places.items():
             lm = load(place, "float32")
+            check_writes(lm)
             norms_L = gradient_norms(lm, stretches(lm, settings.data, settings.rows, settings.length))
             norms[name], rates[name] = norms_L.tolist(), rate(norms_L)
             job.tokens_seen += settings.rows * settings.length
@@ -87,11 +89,12 @@ def stretches(lm: LanguageModel, data: str, rows: int, length: int) -> Tensor:
 
 def gradient_norms(lm: LanguageModel, tokens_BL: Tensor) -> Tensor:
     """g(k) for k = 0, 1, ..., the geometric mean over the rows, each predicting its last token."""
+    tokens_BL = tokens_BL.to(lm.model.device)
     with observe(lm.model, "embed") as seen:
         h_BLD = lm.model.hidden(tokens_BL[:, :-1])
         loss = surprisal(lm.model, h_BLD[:, -1], tokens_BL[:, -1]).sum()
     (gradient_BLE,) = torch.autograd.grad(loss, seen["embed"])
-    norms_BL = gradient_BLE.double().norm(dim=-1).flip(1)
+    norms_BL = gradient_BLE.double().norm(dim=-1).flip(1).cpu()
     return norms_BL.clamp_min(torch.finfo(torch.float32).tiny).log().mean(0).exp()
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError
+from bildung.look.asked import stack_prefix
 from bildung.look.attention_patterns import moved, pattern_difference
 from bildung.look.head_scores import head_scores, repeated_tokens
 from bildung.model.store import LanguageModel
@@ -73,7 +74,8 @@ def written(a: LanguageModel, b: LanguageModel, ids: list[int]) -> Tensor:
 
             return keep
 
-        taps = {f"layers.{n}.attn.result": keeper(n, found) for n in range(lm.config.num_hidden_layers)}
+        prefix = stack_prefix(lm.model)
+        taps = {f"{prefix}layers.{n}.attn.result": keeper(n, found) for n in range(lm.config.num_hidden_layers)}
         with intervene(lm.model, taps):
             lm.model.hidden(torch.tensor([ids], device=lm.model.device))
     rows = []

@@ -81,7 +81,8 @@ def repeated_tokens(lm: LanguageModel, *, stretch: int = 50, copies: int = 2, ro
 
     Raises DataError for a vocabulary or a context that is too small, and for models that do not read one text.
     """
-    if "layers.0.attn.probs" not in lm.model.sites or lm.config.kind == "vision":
+    prefix = getattr(lm.model, "stack", "")
+    if f"{prefix}layers.0.attn.probs" not in lm.model.sites or lm.config.kind == "vision":
         raise DataError(f"a {lm.config.model_type} of kind {lm.config.kind!r} has no attention to text of its own.")
     special = set(lm.tokenizer.special_tokens.values())
     size = min(lm.tokenizer.vocab_size, lm.config.vocab_size)
@@ -92,6 +93,8 @@ def repeated_tokens(lm: LanguageModel, *, stretch: int = 50, copies: int = 2, ro
             f"tokens are needed, and no more tokens than the {len(usable)} ordinary ones of the vocabulary."
         )
     first = [] if lm.tokenizer.bos_id is None else [lm.tokenizer.bos_id]
+    if prefix:  # an answer begins with its start token, a source with the source
+        first = [lm.config.decoder_start_token_id] if prefix == "decoder." else []
     length, context = len(first) + stretch * copies, lm.config.max_position_embeddings
     if length > context:
         raise DataError(f"{copies} times {stretch} tokens make {length}; the model's context has {context}.")
@@ -109,16 +112,16 @@ def head_scores(lm: LanguageModel, repeats: Repeats, layers: list[LayerHeads] | 
     reduced to scores layer by layer.
     """
     model = lm.model
-    causal = isinstance(model, CausalLM)
+    causal, prefix = isinstance(model, CausalLM), getattr(model, "stack", "")
     tokens_RL = repeats.tokens_RL.to(model.device)
     found: dict[str, list[Tensor]] = {}
     taps: dict[str, Callable[[Tensor], None]] = {}
     folded_VD = unembedding(model) if causal else torch.empty(0)
     stretch_RS = tokens_RL[:, repeats.begins : repeats.begins + repeats.stretch]
     for number, layer in enumerate((layers or head_weights(model)) if causal else []):
-        taps[f"layers.{number}.attn.v"] = _copies_to(found, layer, folded_VD, stretch_RS, repeats)
+        taps[f"{prefix}layers.{number}.attn.v"] = _copies_to(found, layer, folded_VD, stretch_RS, repeats)
     for number in range(lm.config.num_hidden_layers):
-        taps[f"layers.{number}.attn.probs"] = _patterns_to(found, repeats)
+        taps[f"{prefix}layers.{number}.attn.probs"] = _patterns_to(found, repeats)
     with intervene(model, taps):
         h_RLD = model.hidden(tokens_RL)
     loss_L = torch.empty(0)
@@ -181,12 +184,13 @@ def _copies_to(
 # ── ablation ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def without_head(layer: int, head: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """For `intervene`: what the head carries becomes its mean over rows and positions, the same for every token."""
+def without_head(layer: int, head: int, prefix: str = "") -> dict[str, Callable[[Tensor], Tensor]]:
+    """For `intervene`: what the head carries becomes its mean over rows and positions, the same for every token.
+    prefix: of the stack's sites."""
 
     def tap(z_RLNH: Tensor) -> Tensor:
         changed = z_RLNH.clone()
         changed[:, :, head] = z_RLNH[:, :, head].mean((0, 1))
         return changed
 
-    return {f"layers.{layer}.attn.z": tap}
+    return {f"{prefix}layers.{layer}.attn.z": tap}

@@ -99,7 +99,7 @@ def unembedding(model: nn.Module, prefix: str = "") -> Tensor:
     Raises DataError for models whose states do not go through one matrix to tokens.
     """
     config, head, stack = cast(Any, model).config, getattr(model, "lm_head", None), stack_of(model, prefix)
-    if head is None or prefix == "encoder." or config.kind == "encoder":
+    if head is None or stack.prefix == "encoder." or config.kind == "encoder":
         raise DataError(f"a {config.model_type} of kind {config.kind!r} has no matrix from its stream to tokens.")
     return reading(head.weight().detach().float(), stack.norm) * config.logit_scale
 
@@ -125,7 +125,9 @@ def through(embedding_VD: Tensor, unembedding_VD: Tensor) -> Tensor:
 
 
 def stack_of(model: nn.Module, prefix: str = "") -> Stack:
-    """The stack of blocks with that prefix. Raises DataError naming those there are."""
+    """The stack of blocks with that prefix; of half an encoder-decoder (asked.py), that half. Raises DataError naming
+    those there are."""
+    prefix = prefix or getattr(model, "stack", "")
     stacks = {module.prefix: module for module in model.modules() if isinstance(module, Stack)}
     if not stacks:
         raise DataError(f"a {type(model).__name__} has no attention heads in layers; a Transformer has.")

@@ -27,12 +27,14 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.look import by_position
+from bildung.look.asked import StackName
 from bildung.look.attention import as_bytes
 from bildung.look.attention_patterns import AttentionPatterns, attention_patterns
 from bildung.look.head_scores import HeadScores, head_scores, repeated_tokens
 from bildung.look.head_weights import copying, embedding, head_weights, through, unembedding
 from bildung.look.in_context_score import InContext, in_context_score
 from bildung.look.page import command_of, look_page
+from bildung.look.prompt import half
 from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel, load
 
@@ -59,6 +61,7 @@ class Settings:
     data: str | None = None  # text for the in-context-learning score
     length: int | None = None  # tokens of each piece of it; default: 512, or the model's context if that is shorter
     text_rows: int = 64  # pieces of it
+    stack: StackName = "decoder"  # of an encoder-decoder; its decoder answers a source without words
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def heads(source: Path, out: Path, settings: Settings, *, force: bool = False) -
     def work(job: Job) -> None:
         lm = load(source)
         atlas = head_atlas(lm, settings)
-        numbers = as_json(atlas, lm, Path(source).name)
+        numbers = as_json(atlas, half(lm, settings.stack), Path(source).name)
         (job.out / "heads.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({name: scores.contiguous() for name, scores in atlas.scores.items()}, job.out / "heads.safetensors")
         (job.out / "heads.html").write_text(page(numbers, atlas, command_of(job)), encoding="utf-8")
@@ -92,6 +95,7 @@ def heads(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 def head_atlas(lm: LanguageModel, settings: Settings | None = None) -> Atlas:
     """Every score of every head. Raises DataError, as `heads`."""
     given = settings or Settings()
+    lm = half(lm, given.stack)
     layers = head_weights(lm.model)
     repeats = repeated_tokens(lm, stretch=given.stretch, copies=given.copies, rows=given.rows, seed=given.seed)
     seen = head_scores(lm, repeats, layers)

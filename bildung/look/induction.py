@@ -25,10 +25,12 @@ from bildung.core.errors import DataError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
+from bildung.look.asked import stack_prefix
 from bildung.look.composition import baseline, composition_with
 from bildung.look.head_scores import Repeats, head_scores, repeated_tokens, without_head
 from bildung.look.head_weights import head_weights
 from bildung.look.line_picture import Panel, draw_lines
+from bildung.look.prompt import half
 from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel, load
 from bildung.model.taps import intervene
@@ -66,13 +68,14 @@ def induction(source: Path, out: Path, settings: Settings, *, force: bool = Fals
 
 def circuit(lm: LanguageModel, settings: Settings | None = None) -> dict[str, Any]:
     """The two heads, their figures, and under "ablations" what each earlier head is worth. Raises DataError."""
+    lm = half(lm, "decoder")
     repeats = _repeats(lm, settings or Settings())
     found = figures(lm, repeats)
     layer, head = found["induction_head"]
     found["ablations"] = []
     for number in range(layer):
         for other in range(lm.config.num_attention_heads):
-            with intervene(lm.model, without_head(number, other)):
+            with intervene(lm.model, without_head(number, other, stack_prefix(lm.model))):
                 seen = head_scores(lm, repeats)
             score, loss = float(seen.scores["induction"][layer, head]), seen.stretch_loss(1)
             found["ablations"].append({"layer": number, "head": other, "score": score, "second_loss": loss})
@@ -102,7 +105,7 @@ def figures(lm: LanguageModel, repeats: Repeats) -> dict[str, Any]:
     if layer == 0:  # nothing is below it that it could read
         return found
     before = seen.strongest("previous token", layer)
-    with intervene(lm.model, without_head(*before)):
+    with intervene(lm.model, without_head(*before, stack_prefix(lm.model))):
         without = head_scores(lm, repeats, layers)
     joined = composition_with(layers, before, ("K",))["K"]
     return found | {

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bildung.core.errors import DataError, TokenizerError
 from bildung.data.seq2seq import text_frame
-from bildung.look.asked import Asked, WithSource, classes_of, with_source
+from bildung.look.asked import Asked, SourceReader, StackName, WithSource, classes_of, stack_in, with_source
 from bildung.model.encoder import Encoder
 from bildung.model.store import LanguageModel
 from bildung.run.write import write
@@ -74,7 +74,11 @@ def frame_around(lm: LanguageModel) -> Frame:
     """The special tokens around a text that this model reads."""
     if isinstance(lm.model, WithSource):
         return Frame((lm.config.decoder_start_token_id, *text_frame(lm.tokenizer).before), (), (), 0)
-    if hasattr(lm.model, "given") or getattr(lm.config, "prefix_lm", None) == "source":
+    if (
+        hasattr(lm.model, "given")
+        or isinstance(lm.model, SourceReader)
+        or getattr(lm.config, "prefix_lm", None) == "source"
+    ):
         return text_frame(lm.tokenizer)
     if lm.config.kind != "encoder":
         return decoder_frame(lm.tokenizer)
@@ -113,6 +117,11 @@ def text_in(
     if not answer:
         return told, list(frame_around(told).before)
     return told, encode_prompt(told, answer, False, limit)
+
+
+def half(lm: LanguageModel, stack: StackName) -> LanguageModel:
+    """One stack of an encoder-decoder, for looks that read no prompt: the decoder answers a source without words."""
+    return stack_in(lm, stack, text_frame(lm.tokenizer).after if hasattr(lm.model, "given") else ())
 
 
 def check_same_tokens(a: LanguageModel, b: LanguageModel, ids: list[int], prompt: object, chat: bool) -> None:

@@ -5,6 +5,7 @@
 
 One text a row; positive and negative are any text sources (files, nursery:NAME, mini:NAME). With as many of each they
 count as contrast pairs, which changes nothing in the mean and gives the share of pairs that the vector tells apart.
+An encoder-decoder reads each text as a source; its decoder's sites are read at the start of the answer.
 OUT gets steering.safetensors (model/steering.py says what is done with it).
 """
 
@@ -25,7 +26,7 @@ from bildung.core.record import Record, hash_directory
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
-from bildung.look.prompt import encode_prompt
+from bildung.look.prompt import text_in
 from bildung.model.steering import NAME, Steering
 from bildung.model.store import LanguageModel, load
 from bildung.model.taps import match_sites, observe, sites
@@ -75,9 +76,9 @@ def vectors(lm: LanguageModel, site: str, texts: Sequence[str], settings: Settin
         raise NoSuchSite(f"{site!r} names {len(found)} sites; one of shape B L ... is steered, such as a resid_post.")
     rows = []
     for text in texts:
-        ids = encode_prompt(lm, text, settings.chat, settings.max_tokens)
+        told, ids = text_in(lm, text, chat=settings.chat, limit=settings.max_tokens)
         with observe(lm.model, site) as seen:
-            lm.model.hidden(torch.tensor([ids], device=lm.model.device))
+            told.model.hidden(torch.tensor([ids], device=lm.model.device))
         x_LD = seen[found[0]][0].float()
         rows.append((x_LD[-1] if settings.read == "last" else x_LD.mean(0)).cpu())
     return torch.stack(rows)

@@ -56,6 +56,10 @@ def test_encoders_have_the_scores_that_mean_something_and_others_are_refused() -
     atlas = head_atlas(made("bert"), Settings(stretch=9, rows=2))
     assert list(atlas.scores) == ["induction", "previous token", "duplicate token", "first token"]
     assert not len(atlas.seen.loss_L)
-    for family in ("t5", "vit", "rnn"):
+    encoder = head_atlas(made("t5"), Settings(stretch=9, rows=2, stack="encoder"))
+    decoder = head_atlas(made("t5"), Settings(stretch=9, rows=2))
+    assert list(encoder.scores) == list(atlas.scores) and set(decoder.scores) == set(operation.MEANING)
+    assert len(decoder.seen.loss_L) == 19 and not torch.equal(encoder.scores["induction"], decoder.scores["induction"])
+    for family in ("rnn_seq2seq", "vit", "rnn"):
         with pytest.raises(DataError, match=r"stack|attention"):
             head_atlas(made(family), Settings(stretch=9, rows=2))

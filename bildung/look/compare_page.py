@@ -15,6 +15,7 @@ from bildung.look.page import look_page
 from bildung.look.token_difference import Top
 
 STRONG = 0.66  # from this strength of the colour on, the text takes the other ink (lens.js has the same number)
+FEW = 32  # tokens: of fewer, CKA is mostly chance (two unrelated layers on 4 tokens: anything from -1 to 1)
 SHOWN = 12  # heads and matrices in the lists of those that moved most
 
 
@@ -100,7 +101,7 @@ def summary(numbers: Mapping[str, Any]) -> dict[str, Any]:
             facts[f"head that {said} most differently"] = f"{layer}.{head}: {value:.3g}"
     if (alike := numbers.get("similarity")) is not None and alike["rows"] == alike["columns"]:
         least, name = min((row[n], alike["rows"][n]) for n, row in enumerate(alike["debiased"]))
-        facts["least alike layer, CKA"] = f"{name}: {least:.4f}"
+        facts["least alike layer, CKA"] = f"{name}: {least:.4f}{_on(alike['tokens'])}"
     for grid in numbers["patches"]:
         if grid["recovered"] is not None:
             value, layer, column = _highest(grid["recovered"])
@@ -236,9 +237,13 @@ def _weights(numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _similarity(numbers: Mapping[str, Any]) -> list[dict[str, Any]]:
     if (alike := numbers.get("similarity")) is None:
         return []
-    note = f"debiased linear CKA on {alike['tokens']} tokens; down: layers of A, across: of B"
+    note = f"debiased linear CKA{_on(alike['tokens'])}; down: layers of A, across: of B"
     cells = shaded(alike["debiased"])
     return [_table("CKA", note, alike["rows"], alike["columns"], cells, alike["biased"], "A")]
+
+
+def _on(tokens: int) -> str:
+    return f" on {tokens} tokens" + (", too few to say much: give --data" if tokens < FEW else "")
 
 
 def _table(

@@ -11,6 +11,7 @@ import torch
 
 import bildung
 from bildung.core.errors import DataError, SettingsError, TokenizerError
+from bildung.look import compare_page
 from bildung.look.compare import Command, Given, command
 from bildung.look.comparison import compare_models
 from bildung.look.cross_patching import Question, cross_patching, stretches
@@ -147,6 +148,9 @@ def test_the_page_has_every_part_and_nothing_from_elsewhere(
         and page.count("</script>") == 2
         and "&lt;/script&gt;" in page
     )
+    assert "tokens, too few" not in page  # CKA of a handful of tokens is chance, and that is said
+    few = numbers | {"similarity": numbers["similarity"] | {"tokens": 4}}
+    assert "on 4 tokens, too few" in compare_page.summary(few)["least alike layer, CKA"]
     command(Command(a=tiny_lm_directory, b=lora, out=tmp_path / "weights"))
     assert "no text was given" in (tmp_path / "weights/compare.html").read_text()
     with pytest.raises(DataError, match="must be one"):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from bildung.core.record import Record, hash_directory, read_record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
+from bildung.look.prompt import frame_around
 from bildung.model.selection import Selection
 from bildung.model.store import LanguageModel, load
 from bildung.model.taps import match_selections, observe, sites
@@ -58,11 +60,7 @@ def cache(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 
     def work(job: Job) -> None:
         lm = load(source)
-        texts = [
-            ids
-            for text in documents(settings.data, limit=settings.limit)
-            if (ids := lm.tokenizer.encode(text)[: settings.max_length])
-        ]
+        texts = _texts(lm, settings)
         starts = np.cumsum([0, *map(len, texts)], dtype=np.int64)
         np.save(job.out / TOKENS, np.concatenate([np.asarray(ids, dtype=np.int32) for ids in texts]))
         np.save(job.out / STARTS, starts)
@@ -73,6 +71,15 @@ def cache(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 
     data = fingerprint(settings.data)
     return perform("look cache", Path(source), out, settings, work, data=data, force=force)
+
+
+def _texts(lm: LanguageModel, settings: Settings) -> list[list[int]]:
+    """Token ids of every text as the model reads it, of a long one its beginning."""
+    frame = frame_around(lm)
+    longest = min(settings.max_length, getattr(lm.config, "max_position_embeddings", None) or settings.max_length)
+    room = longest - frame.size(pair=False)
+    texts = (lm.tokenizer.encode(text, bos=False)[:room] for text in documents(settings.data, limit=settings.limit))
+    return [frame.put(ids).tokens for ids in texts if ids]
 
 
 def _fill(lm: LanguageModel, texts: list[list[int]], starts: np.ndarray, settings: Settings, out: Path) -> int:
@@ -120,16 +127,25 @@ def _batches(texts: Sequence[Sequence[int]], first: int, batch_tokens: int) -> I
 
 @torch.no_grad()
 def _read(lm: LanguageModel, texts: Sequence[Sequence[int]], patterns: Sequence[str]) -> dict[str, Tensor]:
-    """One forward pass over texts padded on the right."""
+    """One forward pass over texts padded on the right; an encoder-decoder reads them as sources."""
     longest, device = max(map(len, texts)), lm.model.device
     tokens_BL = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in texts], device=device)
     keep_BL = torch.tensor([[n < len(ids) for n in range(longest)] for ids in texts], device=device)
     with observe(lm.model, patterns) as seen:
-        lm.model.hidden(tokens_BL, keep_BL=None if bool(keep_BL.all()) else keep_BL)
+        (lm.model.encode if hasattr(lm.model, "given") else partial(_hidden, lm.model))(
+            tokens_BL, None if bool(keep_BL.all()) else keep_BL
+        )
     above = [site for site, _ in match_selections(lm.model, patterns) if site not in seen]
     if above:
-        raise NoSuchSite(f"{above[0]} lies above the states of the last layer; a cache holds what is below.")
+        raise NoSuchSite(
+            f"{above[0]} lies above the states that reading a text makes; a cache holds what is below."
+        )
     return seen
+
+
+def _hidden(model: Any, tokens_BL: Tensor, keep_BL: Tensor | None) -> Tensor:
+    h_BLD: Tensor = model.hidden(tokens_BL, keep_BL=keep_BL)
+    return h_BLD
 
 
 def _per_text(lm: LanguageModel, site: str, selection: Selection | None) -> bool:

@@ -11,12 +11,15 @@ method's directory, as if made alone, and table.md, compare.json and compare.png
     forgetting   nats per token on other prose, after minus before. Accuracy without it misleads: in peft's benchmark
                  the best score of a prefix from random numbers comes with 1.8 nats of it
 
-The first row is the source.
+The first row is the source. A method that cannot be done here (a rank above a matrix's, a loss that explodes) is named
+below the table with its reason, and the others go on.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -27,12 +30,13 @@ import torch.nn.functional as F
 import yaml
 from matplotlib.figure import Figure
 
-from bildung.core.errors import DataError, SettingsError, nearest
+from bildung.core.errors import BildungError, DataError, SettingsError, TrainingError, nearest
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import as_dict, field_names, resolve
 from bildung.core.settings import settings as settings_class
-from bildung.core.verbs import verbs
+from bildung.core.staging import staging_of
+from bildung.core.verbs import Verb, verbs
 from bildung.data.batches import Batch, pad
 from bildung.data.examples import clm_examples
 from bildung.data.sources import fingerprint
@@ -50,6 +54,8 @@ from bildung.train.training import check_continues_text
 from bildung.tune.instruction import Tuning, base_of, prepare
 
 Row = dict[str, float]
+MARKERS, LONGEST_NAME = "os^Dv", 36  # a shape for every round of the colours
+SEARCHES = ("intrinsic_dimension",)  # tune several times, and leave no model
 # What a column is called, and how its figures are written. Cards add theirs.
 COLUMNS = {
     "loss": ("loss", "{:.3f}"),
@@ -85,7 +91,7 @@ class Settings:
 def compare(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
     """Tune `source` by each method and measure the results alike.
 
-    Raises SettingsError for an unknown method or setting of one, and whatever a method raises.
+    Raises SettingsError for an unknown method or setting of one; TrainingError when none of them could be done.
     """
     source = Path(source)
     chosen = methods(settings)
@@ -95,21 +101,30 @@ def compare(source: Path, out: Path, settings: Settings, *, force: bool = False)
             rows = {"source": _measured(load(source), settings)}
         prose = rows["source"].pop("prose")
         rows["source"]["forgetting"] = 0.0
+        failed: dict[str, str] = {}
         for name, (method, given) in chosen.items():
             place = job.out / name
-            record = method(source, place, given)
+            try:
+                record = method(source, place, given)
+            except BildungError as error:
+                failed[name] = str(error)
+                shutil.rmtree(staging_of(place), ignore_errors=True)
+                print(f"{name} cannot be done: {error}", file=sys.stderr)
+                continue
             row = _measured(load(place), settings)
             row["forgetting"] = row.pop("prose") - prose
             row["trainable_parameters"] = record.measured.get("trainable_parameters", 0)
             row |= {"peak_megabytes": record.peak_bytes / 2**20, "seconds": record.seconds}
             row["megabytes"] = sum(one["bytes"] for n, one in record.files.items() if n.endswith(".safetensors")) / 1e6
             rows[name] = row
+        if len(rows) == 1:
+            raise TrainingError("none of the methods could be done: " + "; ".join(map(": ".join, failed.items())))
         (job.out / "compare.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        text = as_markdown(rows)
+        text = as_markdown(rows) + "".join(f"\n`{name}` could not be done: {why}\n" for name, why in failed.items())
         (job.out / "table.md").write_text(text, encoding="utf-8")
         print(text)
         draw(rows, job.out / "compare.png")
-        job.measured["methods"] = rows
+        job.measured |= {"methods": rows, **({"failed": failed} if failed else {})}
 
     data = fingerprint(settings.data) | fingerprint(settings.forget_on)
     return perform("tune compare", source, out, settings, work, data=data, companions=base_of(source), force=force)
@@ -118,26 +133,34 @@ def compare(source: Path, out: Path, settings: Settings, *, force: bool = False)
 def methods(settings: Settings) -> dict[str, tuple[Any, Any]]:
     """Name of the directory -> (function, settings) of every method asked for. Raises SettingsError."""
     known = {name.removeprefix("tune "): verb for name, verb in verbs().items() if name.startswith("tune ")}
+    known = {name: verb for name, verb in known.items() if _tunes(verb) and name not in SEARCHES}
     common = {key: value for key, value in as_dict(settings).items() if value is not None and key != "card"}
     chosen: dict[str, tuple[Any, Any]] = {}
     for asked in (one for several in settings.methods for one in several.split(",") if one):
         name, *own = asked.split(":")
-        module = known[name].load() if name in known else None
-        if module is None or not issubclass(getattr(module, "Settings", object), Tuning):
+        if name not in known:
             raise SettingsError(
-                f"{name!r} is no method that tunes on conversations; give files of bildung/tune such as lora, full, "
-                f"prefix. {nearest(name, known)}".strip()
+                f"{name!r} is no method that tunes on conversations; there are {', '.join(known)}. "
+                f"{nearest(name, known)}".strip()
             )
+        module = known[name].load()
         pairs = dict(pair.partition("=")[::2] for pair in own)
         shared = {key: value for key, value in common.items() if key in field_names(module.Settings)}
-        given = resolve(module.Settings, {**shared, **{key: yaml.safe_load(value) for key, value in pairs.items()}})
-        directory = "_".join([name, *own])
+        try:
+            given = resolve(module.Settings, {**shared, **{key: yaml.safe_load(value) for key, value in pairs.items()}})
+        except (SettingsError, yaml.YAMLError) as error:
+            raise SettingsError(f"{asked!r}: {error}") from None
+        directory = "_".join([name, *own]).replace("/", "-")
         if directory in chosen:
             raise SettingsError(f"{asked!r} was given twice; each method is run once, or with other settings.")
         chosen[directory] = (getattr(module, name), given)
     if not chosen:
         raise SettingsError("methods is empty; give at least one, e.g. lora.")
     return chosen
+
+
+def _tunes(verb: Verb) -> bool:
+    return issubclass(getattr(verb.load(), "Settings", object), Tuning)
 
 
 @torch.no_grad()
@@ -190,25 +213,27 @@ def _cell(row: Row, key: str) -> str:
 
 
 def draw(rows: dict[str, Row], path: Path) -> None:
-    """Two panels: the loss over what trains, and over what is forgotten. The dashed line is the source."""
-    figure = Figure(figsize=(9.6, 3.8), dpi=DPI, layout="constrained", facecolor="white")
+    """Two panels: the loss over what trains, and over what is forgotten; names beside them, where they cannot collide.
+    The dashed line is the source."""
+    figure = Figure(figsize=(10.4, 3.8), dpi=DPI, layout="constrained", facecolor="white")
     panels = figure.subplots(1, 2)
     for axis, key, label in (
         (panels[0], "trainable_parameters", "parameters that train"),
         (panels[1], "forgetting", "forgetting: nats per token of other prose"),
     ):
         for number, (name, row) in enumerate((n, r) for n, r in rows.items() if n != "source"):
-            colour = COLOURS[number % len(COLOURS)]
-            axis.plot([row[key]], [row["loss"]], "o", color=colour, markersize=5)
-            axis.annotate(
-                drawable(name), (row[key], row["loss"]), xytext=(5, 4), textcoords="offset points", fontsize=7,
-                color=colour, family=FONT, parse_math=False,
-            )  # fmt: skip
-        axis.axhline(rows["source"]["loss"], color=MUTED, linewidth=0.8, linestyle="--")
+            shape = MARKERS[number // len(COLOURS) % len(MARKERS)]
+            shown = drawable(name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…")
+            axis.plot([row[key]], [row["loss"]], shape, color=COLOURS[number % len(COLOURS)], markersize=6, label=shown)
+        axis.axhline(rows["source"]["loss"], color=MUTED, linewidth=0.8, linestyle="--", label="source")
         axis.set_xlabel(label, fontsize=8, color=INK, family=FONT)
         axis.tick_params(labelsize=7, colors=MUTED)
         axis.grid(True, color=RULE, linewidth=0.4)
-        axis.margins(x=0.25, y=0.15)
+        axis.margins(x=0.1, y=0.1)
     panels[0].set_xscale("log")
     panels[0].set_ylabel("held-out loss, nats per answer token", fontsize=8, color=INK, family=FONT)
+    handles, labels = panels[0].get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside right upper", prop={"family": FONT, "size": 7}, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     save_figure(figure, path)

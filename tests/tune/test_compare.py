@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import bildung
-from bildung.core.errors import SettingsError
+from bildung.core.errors import SettingsError, TrainingError
 from bildung.core.record import read_record
+from bildung.tune import compare as module
 from bildung.tune.compare import Settings, compare, guessed, methods
 from bildung.tune.instruction import Tuning, prepare
 from bildung.tune.lora import Settings as LoraSettings
@@ -50,6 +51,17 @@ def test_a_table_of_methods(tiny_lm_directory, asked, tmp_path, capsys):
     assert again.started == record.started
 
 
+def test_a_method_that_cannot_be_done_is_named_and_the_others_go_on(tiny_lm_directory, asked, tmp_path):
+    names = ("lora:rank=999", "lora:rank=2:target=q_proj")
+    record = compare(tiny_lm_directory, tmp_path / "out", Settings(**asked, methods=names))
+    assert list(record.measured["methods"]) == ["source", "lora_rank=2_target=q_proj"]
+    assert "rank is at most 16" in record.measured["failed"]["lora_rank=999"]
+    assert "`lora_rank=999` could not be done: rank = 999 was given" in (tmp_path / "out/table.md").read_text()
+    assert not list((tmp_path / "out").glob("lora_rank=999*"))
+    with pytest.raises(TrainingError, match="none of the methods could be done: lora_rank=999: rank = 999"):
+        compare(tiny_lm_directory, tmp_path / "no", Settings(**asked, methods=names[:1]))
+
+
 def test_what_is_measured_is_the_model(tiny_lm_directory, asked, tmp_path):
     """A method that learns nothing leaves the source's row; forgetting is the difference on the other text."""
     still = ("adapter:kind=parallel:learning_rate=1e-12", "lora:rank=2:learning_rate=0.2")
@@ -77,7 +89,23 @@ def test_bad_requests(asked):
         (("merge",), "no method that tunes"),
         (("lora:ranc=3",), "rank"),
         (("lora", "lora"), "twice"),
+        (("lora:rnk=3",), "'lora:rnk=3': unknown setting 'rnk'; did you mean 'rank'"),
+        (("intrinsic_dimension",), "no method that tunes on conversations; there are adapter, bitfit"),
         ((), "empty"),
     ):
         with pytest.raises(SettingsError, match=said):
             methods(Settings(**asked, methods=given))
+
+
+def test_the_picture_names_every_method_where_names_cannot_collide(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(module, "save_figure", lambda figure, path: figures.append(figure))
+    row = {"loss": 2.0, "forgetting": 0.1, "trainable_parameters": 10}
+    names = [f"lora_rank={n}" for n in range(9)] + ["prefix_text=" + "a long text " * 9]
+    module.draw({"source": {"loss": 2.5}, **dict.fromkeys(names, row)}, tmp_path / "x.png")
+    (legend,) = figures[0].legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts[:9] == names[:9] and texts[9].endswith("…") and len(texts[9]) < 40 and texts[10] == "source"
+    points = [line for line in figures[0].axes[0].lines if line.get_label() != "source"]
+    assert len({(line.get_color(), line.get_marker()) for line in points}) == 10
+    assert not figures[0].axes[1].texts

@@ -18,14 +18,15 @@ from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path as MatplotlibPath
 
 from bildung.look.circuit_file import Circuit, node_order
-from bildung.look.graph import Graph
+from bildung.look.graph import Graph, is_mlp
 from bildung.look.page import look_page
 from bildung.look.picture import DPI, FONT, INK, MUTED, RULE, save_figure
 
 # Okabe & Ito's, told apart without colour vision too.
 INPUTS = {"q": "#0072B2", "k": "#D55E00", "v": "#009E73", "mlp": "#CC79A7", "logits": "#56748c"}
-WIDE, ROW, GAP = 900, 42, 64  # pixels: the drawing, between rows, least between nodes
-DRAWN = 250  # edges, the strongest; of more only a blot would be seen
+WIDE, GAP = 900, 64  # pixels: the drawing, least between nodes
+ROW, TALL = (30, 42), 1400  # pixels: between rows, the more the fewer there are; what they fill
+DRAWN = 150  # edges, the strongest; of more only a blot would be seen
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,18 @@ def layout(circuit: Circuit, graph: Graph) -> Drawn:
     ways = [(sender, receiver, score, _targets(receiver, graph, writers)) for (sender, receiver), score in chosen]
     nodes = {"embed"} | {sender for sender, *_ in ways} | {node for *_, targets in ways for node in targets}
     rows = sorted({node_order(node)[:2] for node in nodes - {"logits"}})
-    height = ROW * (len(rows) + 1.4)
+    step = min(max(ROW[0], TALL / len(rows)), ROW[1])
+    height = step * (len(rows) + 1.4)
     most = max(sum(node_order(node)[:2] == row for node in nodes - {"logits"}) for row in rows)
     width = max(WIDE, 300 + GAP * most)
     centre, mlps = (width - 180) / 2, width - 150
-    places = {"logits": (centre, ROW * 0.7)}
+    places = {"logits": (centre, step * 0.7)}
     for number, row in enumerate(rows):
         members = sorted((node for node in nodes - {"logits"} if node_order(node)[:2] == row), key=node_order)
-        y = height - ROW * (number + 0.7)
+        y = height - step * (number + 0.7)
         space = min(140, (width - 300) / max(len(members), 1))
         for position, node in enumerate(members):
-            places[node] = (mlps if row[1] else centre + (position - (len(members) - 1) / 2) * space, y)
+            places[node] = (mlps if row[1] == 2 else centre + (position - (len(members) - 1) / 2) * space, y)
     widest = max((abs(score) for score in circuit.edges.values() if score is not None), default=1.0) or 1.0
     worse = -1 if circuit.found.get("metric") == "kl" else 1  # cutting what helps raises KL, lowers the others
     edges: list[dict[str, Any]] = []
@@ -90,7 +92,7 @@ def input_of(receiver: str) -> str:
     """Which kind of input a receiver is."""
     if receiver == "logits":
         return "logits"
-    return "mlp" if receiver.startswith("m") else receiver[-1]
+    return "mlp" if is_mlp(receiver) else receiver[-1]
 
 
 def _points(start: tuple[float, float], end: tuple[float, float]) -> list[tuple[float, float]]:
@@ -98,7 +100,7 @@ def _points(start: tuple[float, float], end: tuple[float, float]) -> list[tuple[
     (x1, y1), (x2, y2) = start, end
     y1, y2 = y1 - 11, y2 + 11
     bend = max(18.0, abs(y1 - y2) * 0.45)
-    aside = min(150.0, abs(y1 - y2) * 0.28) if abs(x1 - x2) < 1 and abs(y1 - y2) > ROW else 0.0
+    aside = min(150.0, abs(y1 - y2) * 0.28) if abs(x1 - x2) < 1 and abs(y1 - y2) > ROW[1] else 0.0
     bend = bend / 2 if aside else bend
     return [(x1, y1), (x1 + aside, y1 - bend), (x2 + aside, y2 + bend), (x2, y2)]
 

@@ -210,12 +210,16 @@ def classes_of(lm: LanguageModel) -> dict[int, str]:
 
 
 def one_token(lm: LanguageModel, text: str | int) -> int:
-    """The id of a text that is one token. Raises DataError."""
+    """The id of a text that is one token, or an id as it is. Raises DataError."""
     if isinstance(text, int):
+        if isinstance(text, bool) or not 0 <= text < lm.config.vocab_size:
+            raise DataError(f"{text} is not a token id; allowed: 0 to {lm.config.vocab_size - 1}.")
         return text
     ids = lm.tokenizer.encode(text, bos=False)
+    if ids == [lm.tokenizer.unk_id]:
+        raise DataError(f"this tokenizer does not know {text!r}: its id would be that of everything unknown.")
     if len(ids) != 1:
-        parts = ", ".join(repr(lm.tokenizer.token_of(number)) for number in ids)
+        parts = ", ".join(repr(lm.tokenizer.decode([number])) for number in ids)
         raise DataError(f"{text!r} is {len(ids)} tokens ({parts}); a logit belongs to one. A space may be part of it.")
     return ids[0]
 

@@ -186,11 +186,6 @@ def _copies_to(
 
 def without_head(layer: int, head: int, prefix: str = "") -> dict[str, Callable[[Tensor], Tensor]]:
     """For `intervene`: what the head carries becomes its mean over rows and positions, the same for every token.
-    prefix: of the stack's sites."""
-
-    def tap(z_RLNH: Tensor) -> Tensor:
-        changed = z_RLNH.clone()
-        changed[:, :, head] = z_RLNH[:, :, head].mean((0, 1))
-        return changed
-
-    return {f"{prefix}layers.{layer}.attn.z": tap}
+    prefix: of the stack's sites. A head that is not there is a NoSuchSite where it is used."""
+    tap: Callable[[Tensor], Tensor] = lambda z_RL1H: z_RL1H.mean((0, 1), keepdim=True).expand_as(z_RL1H)  # noqa: E731
+    return {f"{prefix}layers.{layer}.attn.z[:, :, {head}]": tap}

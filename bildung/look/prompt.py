@@ -40,7 +40,13 @@ def encode_prompt(lm: LanguageModel, prompt: str | Sequence[int] | Tensor, chat:
         else:
             ids = encode_text(lm, prompt)[0]
     else:
-        ids = [int(number) for number in torch.as_tensor(prompt).flatten()]
+        given = torch.as_tensor(prompt)
+        several = given.ndim > 1 and given.numel() != given.shape[-1]
+        if given.numel() and (several or given.is_floating_point() or given.dtype == torch.bool):
+            raise DataError(
+                f"{given.dtype} of shape {tuple(given.shape)} was given; a prompt is a text, or the ids of one text."
+            )
+        ids = given.flatten().tolist()
     context = lm.config.max_position_embeddings
     if not 0 < len(ids) <= min(limit, context):
         remedy = f"Shorten it{' or raise max_tokens' if limit < context else ''}." if ids else "Give some text."

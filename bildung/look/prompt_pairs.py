@@ -151,6 +151,8 @@ def _encode(row: Mapping[str, Any], reads: Tokenizer | LanguageModel, max_tokens
                     return f"{key} {error}"
                 continue
             tokens = tokenizer.encode(text, bos=False)
+            if tokens == [tokenizer.unk_id]:
+                return f"{key} {text!r} is not known to this tokenizer"
             if len(tokens) != 1:
                 return f"{key} {text!r} is {len(tokens)} tokens; it must be one"
             ids += tokens

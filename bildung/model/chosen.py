@@ -30,7 +30,12 @@ class Seen(dict[str, Tensor]):
 
 
 def check_kept(site: str, changed: Tensor, x: Tensor) -> None:
-    """Raises BadIntervention unless shape and type are what they were."""
+    """Raises BadIntervention unless it is a tensor whose shape and type are what they were."""
+    if not isinstance(changed, Tensor):
+        raise BadIntervention(
+            f"the intervention at {site} returned {changed!r}, of type {type(changed).__name__}; it must return a "
+            "tensor, or None to leave things as they are."
+        )
     if changed.shape != x.shape or changed.dtype != x.dtype:
         raise BadIntervention(
             f"the intervention at {site} returned {tuple(changed.shape)} {changed.dtype}; "

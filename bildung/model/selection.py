@@ -109,6 +109,8 @@ class Selection:
         for letter, index in self.by_letter:
             if letter not in letters:
                 raise NoSuchSite(f"{site}{self.text}: {site} has the shape {shape}, without {letter}.")
+            if letters.index(letter) in found:
+                raise NoSuchSite(f"{site}{self.text} has two indices for {letter}; give one, such as {letter}=1|4.")
             found[letters.index(letter)] = index
         return {axis: index for axis, index in found.items() if not index.whole}
 

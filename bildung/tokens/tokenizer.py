@@ -222,6 +222,11 @@ class Tokenizer:
         return self._named_id("eos_token")
 
     @cached_property
+    def unk_id(self) -> int | None:
+        """What stands for all that has no token of its own; None when the model has none."""
+        return self._named_id("unk_token")
+
+    @cached_property
     def pad_id(self) -> int | None:
         """Padding; None when the model has none. It may equal `eos_id`, so masks are never inferred from it."""
         return self._named_id("pad_token")

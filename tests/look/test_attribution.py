@@ -133,6 +133,9 @@ def test_the_page_the_numbers_and_what_is_refused(tmp_path: Path) -> None:
     assert found.logit == pytest.approx((logits[c] - logits[d]).item(), abs=1e-4)
     html = (tmp_path / "out" / "attribution.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;" in html and "<b> &" not in html and record.measured["logit"] == pytest.approx(found.logit)
+    for wrong in (10**6, -1, True):
+        with pytest.raises(DataError, match=f"{wrong} is not a token id"):
+            attribute(lm, "ab", target=wrong)
     with pytest.raises(DataError, match="'xyz' is 3 tokens"):
         attribute(lm, "abc", target="xyz")
     with pytest.raises(DataError, match="position 9 is not among"):

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bildung.core.errors import DataError
+from bildung.core.errors import DataError, NoSuchSite
 from bildung.look.head_scores import Repeats, head_scores, pattern_scores, repeated_tokens, without_head
 from bildung.look.in_context_score import in_context_score
 from bildung.model.taps import intervene
@@ -38,6 +38,8 @@ def test_a_circuit_set_by_hand_is_found_and_falls_apart(stretch: int, copies: in
     assert seen.scores["copying"][PREVIOUS] == 0  # what it writes is no token
     with intervene(lm.model, without_head(*PREVIOUS)):
         broken = head_scores(lm, repeats)
+    with pytest.raises(NoSuchSite, match="head 99 is not there"), intervene(lm.model, without_head(0, 99)):
+        head_scores(lm, repeats)
     assert broken.scores["induction"][INDUCTION] < 0.2
     assert broken.stretch_loss(copies - 1) > seen.stretch_loss(copies - 1) + 1
     assert broken.scores["previous token"][PREVIOUS] > 0.999  # it still looks there; what it found is not passed on

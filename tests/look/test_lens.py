@@ -95,10 +95,13 @@ def test_text_ids_and_chat_are_read(tmp_path: Path):
     assert lm.tokenizer.decode(logit_lens(lm, "hi", chat=True).tokens).endswith("<user>hi<a>")
     with pytest.raises(DataError, match="1 to 4"):
         logit_lens(lm, TEXT, max_tokens=4)
-    with pytest.raises(DataError, match="129 tokens; 1 to 128 are the context of this llama. Shorten it.$"):
+    with pytest.raises(DataError, match=r"129 tokens; 1 to 128 are the context of this llama\. Shorten it\.$"):
         logit_lens(lm, "a" * 129)
     with pytest.raises(DataError, match="0 tokens"):
         logit_lens(lm, [])
+    for no_ids in ([[1, 2], [3, 4]], [1.5, 2.0], torch.tensor([True])):  # two texts are not one, nor are numbers ids
+        with pytest.raises(DataError, match="the ids of one text"):
+            logit_lens(lm, no_ids)
     with pytest.raises(DataError, match="999"):
         logit_lens(lm, [5, 999])
 

@@ -30,7 +30,7 @@ def word_tokenizer(without: tuple[str, ...] = ()) -> Tokenizer:
     backend = tokenizers.Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.add_special_tokens(["<bos>"])
-    return Tokenizer(backend, {"bos_token": "<bos>"})
+    return Tokenizer(backend, {"bos_token": "<bos>", "unk_token": "?"})
 
 
 def test_indirect_objects_line_up_and_name_the_right_one():
@@ -57,6 +57,7 @@ def test_indirect_objects_line_up_and_name_the_right_one():
     ("change", "says"),
     [
         ({"answers": " Mary"}, "answers = ' Mary' is no list of texts"),  # not M, a, r, y
+        ({"wrong": [" Xerxes"]}, "' Xerxes' is not known to this tokenizer"),  # not the logit of "?"
         ({"wrong": [3]}, r"wrong = \[3\] is no list of texts"),
         ({"corrupted": 7}, "corrupted = 7 is no text"),
         ({"places": {"end": 1.5}}, "the indices of tokens"),

@@ -217,6 +217,7 @@ def test_every_site_has_a_gradient_and_looking_changes_no_other() -> None:
         ("layers.0.resid_post[N=2]", "shape B L D, without N"),
         ("layers.0.resid_post[head=2]", "'head' is no letter"),
         ("layers.0.attn.zed[:, 5]", "did you mean.*attn.z"),
+        ("layers.0.attn.z[L=1, L=2]", "two indices for L"),
         ("layers.0.resid_post[::0, 1]", "'::0' is no index"),
         ("layers.0.resid_post[L=3, 1]", "follows an index with a letter"),
     ],

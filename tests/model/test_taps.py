@@ -137,6 +137,11 @@ def test_unknown_sites_and_bad_shapes_are_refused() -> None:
         pass
     with pytest.raises(NoSuchSite, match="resid_post"):
         match_sites(model, ["embed", "layers.0.resid_pots"])
+    with (
+        intervene(model, {"embed": lambda x: 0.0}),
+        pytest.raises(BadIntervention, match=r"returned 0\.0, of type float"),
+    ):
+        model(tokens())
     with intervene(model, {"embed": lambda x: x[:, :3]}), pytest.raises(BadIntervention, match="must keep the shape"):
         model(tokens())
 

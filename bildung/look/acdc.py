@@ -32,9 +32,8 @@ def acdc(experiment: EdgeExperiment, threshold: float, candidates: Sequence[Edge
     cut_UR = experiment.no_cut() if candidates is None else experiment.keeping(candidates)
     worse = 1 if experiment.metric == "kl" else -1
     current = experiment.value(cut_UR)
-    order = sorted(range(len(graph.receivers)), key=lambda r: (-graph.below[r], -r))
     with progress("ACDC", int((allowed & (cut_UR == 0)).sum())) as bar:
-        for r in order:
+        for r in reversed(range(len(graph.receivers))):
             receiver = graph.receivers[r]
             left = (cut_UR[:, r] == 0) & allowed[:, r]
             nodes = [graph.senders.index(node) for node in graph.nodes_of(receiver)]

@@ -21,6 +21,7 @@ from bildung.core.record import Record, hash_directory, hash_file
 from bildung.core.settings import settings as settings_class
 from bildung.look.acdc import acdc
 from bildung.look.answer_metrics import MetricName
+from bildung.look.asked import asked
 from bildung.look.circuit_file import Circuit, architecture_of, load_circuit, save_circuit
 from bildung.look.circuit_page import write_circuit
 from bildung.look.edge_attribution import connected, edge_scores, strongest
@@ -63,7 +64,9 @@ def circuit(source: Path, out: Path, settings: Settings, *, force: bool = False)
         lm = load(source, "float32")
         lm.model.eval()
         pairs = chosen_pairs(lm, settings.pairs, settings.count, settings.seed, settings.corruption, job)
-        experiment = EdgeExperiment(lm.model, pairs, settings.metric, settings.ablation, batch_size=settings.batch_size)
+        experiment = EdgeExperiment(
+            asked(lm), pairs, settings.metric, settings.ablation, batch_size=settings.batch_size
+        )
         architecture = architecture_of(lm.config)
         if settings.circuit is not None:
             given = load_circuit(settings.circuit, experiment.graph, lm.config)

@@ -40,17 +40,23 @@ class Circuit:
         return sorted(senders, key=node_order)
 
 
+ENCODER = 10_000  # an encoder's layers come before its decoder's
+
+
 def node_order(node: str) -> tuple[int, int, int]:
-    """Layer, attention before MLP, head; embed first."""
-    if node == "embed":
-        return (-1, 0, 0)
-    layer, _, head = node[1:].partition(".h")
-    return (int(layer), int(node[0] == "m"), int(head or 0))
+    """Layer; attention 0, attention to a source 1, MLP 2; head. embed first, an encoder before all."""
+    first, name = (-ENCODER, node[2:]) if node.startswith("e.") else (0, node)
+    if name == "embed":
+        return (first - 1, 0, 0)
+    layer, _, head = name[1:].partition(".h")
+    return (first + int(layer), "acm".index(name[0]), int(head or 0))
 
 
 def architecture_of(config: Any) -> dict[str, Any]:
     """What must agree for names of heads and MLPs to mean the same parts."""
-    return {key: getattr(config, key) for key in SHAPE} | {"mlp": bool(getattr(config, "mlp", True))}
+    shape = {key: getattr(config, key) for key in SHAPE} | {"mlp": bool(getattr(config, "mlp", True))}
+    encoder = getattr(config, "encoder", None)
+    return shape if encoder is None else shape | {"encoder": architecture_of(encoder)}
 
 
 def save_circuit(circuit: Circuit, path: Path) -> None:

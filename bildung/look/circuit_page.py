@@ -45,7 +45,11 @@ def layout(circuit: Circuit, graph: Graph) -> Drawn:
     chosen = sorted(circuit.edges.items(), key=lambda item: -abs(item[1] or 0))[:DRAWN]
     writers = {sender for sender, _ in circuit.edges}
     ways = [(sender, receiver, score, _targets(receiver, graph, writers)) for (sender, receiver), score in chosen]
-    nodes = {"embed"} | {sender for sender, *_ in ways} | {node for *_, targets in ways for node in targets}
+    nodes = (
+        {next(iter(graph.senders))}
+        | {sender for sender, *_ in ways}
+        | {node for *_, targets in ways for node in targets}
+    )
     rows = sorted({node_order(node)[:2] for node in nodes - {"logits"}})
     step = min(max(ROW[0], TALL / len(rows)), ROW[1])
     height = step * (len(rows) + 1.4)
@@ -108,10 +112,11 @@ def _points(start: tuple[float, float], end: tuple[float, float]) -> list[tuple[
 def write_circuit(circuit: Circuit, graph: Graph, model: str, out: Path, command: str) -> None:
     """circuit.html, circuit.png and circuit.svg in `out`; `command` makes them again."""
     drawn = layout(circuit, graph)
+    measured = circuit.measured
     facts = [
-        (name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else value)
-        for name, value in circuit.measured.items()
-        if value is not None
+        (name, f"{value} of {measured[f'{name}_of']:,}" if f"{name}_of" in measured else f"{value:z.3f}")
+        for name, value in measured.items()
+        if value is not None and not name.endswith("_of")
     ]
     ordered = sorted(circuit.edges.items(), key=lambda item: -abs(item[1] or 0))
     page = look_page(

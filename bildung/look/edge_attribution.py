@@ -56,7 +56,7 @@ def strongest(graph: Graph, scores_UR: Tensor, count: int, least: float = 0.0) -
 def connected(graph: Graph, edges: list[Edge]) -> list[Edge]:
     """The edges on some way from the embedding to the logits; the others cannot carry anything from input to output."""
     while True:
-        written = {node for _, receiver in edges for node in graph.nodes_of(receiver)} | {"embed"}
+        written = {node for _, receiver in edges for node in graph.nodes_of(receiver)} | graph.embeds
         read = {sender for sender, _ in edges}
         kept = [
             (sender, receiver)

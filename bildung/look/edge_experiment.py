@@ -21,8 +21,8 @@ from torch import Tensor
 from bildung.look.answer_metrics import MetricName, answer_metric, check_metric
 from bildung.look.edges import EdgeRun, Norms
 from bildung.look.graph import Graph
+from bildung.look.patching import Answers
 from bildung.look.prompt_pairs import PairBatch, Pairs
-from bildung.model.base import CausalLM
 
 Ablation = Literal["resample", "mean", "zero"]
 Edge = tuple[str, str]
@@ -43,7 +43,7 @@ class EdgeExperiment:
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Answers,
         pairs: Pairs,
         metric: MetricName = "logit_difference",
         ablation: Ablation = "resample",

@@ -41,13 +41,13 @@ def measure_circuit(
         return float(recovered(experiment.value(cut_UR), clean, corrupted))
 
     outside_UR = experiment.keeping(edges)
-    nodes = sorted({sender for sender, _ in edges} - {"embed"})
+    nodes = sorted({sender for sender, _ in edges} - graph.embeds)
     rng, gaps = random.Random(seed), []
     for _ in range(knockouts if nodes else 0):
         gone = rng.sample(nodes, max(1, len(nodes) // 2))
         knocked_UR = _cut_nodes(experiment, gone)
         gaps.append(abs(share((outside_UR + knocked_UR).clamp(max=1)) - share(knocked_UR)))
-    parts = len(graph.senders) - 1
+    parts = len(graph.senders) - len(graph.embeds)
     figures: dict[str, Any] = {
         "clean": clean,
         "corrupted": corrupted,

@@ -19,6 +19,7 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.answer_metrics import MetricName, recovered
+from bildung.look.asked import asked
 from bildung.look.edge_experiment import Ablation, EdgeExperiment
 from bildung.look.grid_page import write_grids
 from bildung.look.page import command_of
@@ -52,7 +53,7 @@ def path_patch(source: Path, out: Path, settings: Settings, *, force: bool = Fal
         lm.model.eval()
         pairs = chosen_pairs(lm, settings.pairs, settings.count, settings.seed, settings.corruption, job)
         experiment = EdgeExperiment(
-            lm.model,
+            asked(lm),
             pairs,
             settings.metric,
             settings.ablation,
@@ -84,13 +85,14 @@ def sender_effects(experiment: EdgeExperiment, receivers: tuple[str, ...], throu
     if not receivers:
         raise SettingsError("no receiver was given: logits, or such as a1.h0.q, a1.h0.k, a1.h0.v, m1.")
     for receiver in receivers:
-        graph.index("embed", receiver)  # a name that there is not is an error
+        if receiver not in graph.receivers:
+            graph.index(graph.senders[0], receiver)  # a name that there is not is an error
     left = {}
     for row, sender in enumerate(graph.senders):
         if all(graph.allowed_UR[row, graph.receivers.index(receiver)] for receiver in receivers):
             value = into_receivers(experiment, sender, receivers, through_mlps=through_mlps)
             left[sender] = float(recovered(value, experiment.clean, experiment.corrupted))
-    if set(left) <= {"embed"}:
+    if set(left) <= graph.embeds:
         raise SettingsError(
             "no head and no MLP writes before all of these receivers read; the first layer's read tokens."
         )
@@ -102,11 +104,23 @@ def as_json(
 ) -> dict[str, Any]:
     """Everything the page and the picture show: layers by heads, and the layer's MLP in the last column."""
     graph = experiment.graph
-    columns = [str(head) for head in range(graph.heads)] + ["mlp"] * graph.mlps
-    layers = [n for n in range(graph.layers) if f"a{n}.h0" in left]
-    values = [
-        [round(left.get(f"m{n}" if name == "mlp" else f"a{n}.h{name}", 1.0), 4) for name in columns] for n in layers
-    ]
+    grids = []
+    for half, stack in graph.halves.items():
+        layers = [n for n in range(stack.layers) if f"{half}a{n}.h0" in left]
+        parts = {str(head): f"a{{}}.h{head}" for head in range(stack.heads)}
+        if not half and graph.encoder is not None:
+            parts |= {f"source {head}": f"c{{}}.h{head}" for head in range(stack.heads)}
+        parts |= {"mlp": "m{}"} if stack.mlps else {}
+        grids.append(
+            {
+                "title": ("encoder " if half else "") + f"into {', '.join(settings.receivers)}",
+                "note": "left when the sender is corrupted for it",
+                "columns": list(parts),
+                "rows": [str(n) for n in layers],
+                "values": [[round(left.get(half + name.format(n), 1.0), 4) for name in parts.values()] for n in layers],
+                "neutral": 1.0,
+            }
+        )
     what = "linear path patching (frozen norms)" if settings.linear else "path patching"
     return {
         "title": what,
@@ -114,18 +128,9 @@ def as_json(
         "metric": settings.metric,
         "clean": round(experiment.clean, 4),
         "corrupted": round(experiment.corrupted, 4),
-        "embed": round(left["embed"], 4),
+        "embed": {name: round(left[name], 4) for name in sorted(graph.embeds & left.keys())},
         "example": example,
         "low": "as the corrupted prompt",
         "high": "as the clean prompt",
-        "grids": [
-            {
-                "title": f"into {', '.join(settings.receivers)}",
-                "note": "left when the sender is corrupted for it",
-                "columns": columns,
-                "rows": [str(n) for n in layers],
-                "values": values,
-                "neutral": 1.0,
-            }
-        ],
+        "grids": [grid for grid in grids if grid["rows"]],
     }

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bildung.core.errors import SettingsError
 from bildung.look.edge_experiment import EdgeExperiment, Side
+from bildung.look.graph import is_mlp
 
 
 @torch.no_grad()
@@ -83,12 +84,12 @@ def _with_clean(side: Side, rows: list[int]) -> Tensor:
 
 def _mlps_between(experiment: EdgeExperiment, sender: str, receivers: Sequence[str]) -> list[str]:
     graph = experiment.graph
-    reach = {graph.below[graph.receivers.index(receiver)] for receiver in receivers}
+    reach = {graph.reads[graph.receivers.index(receiver)][1] for receiver in receivers}
     if len(reach) > 1:
         raise SettingsError("through_mlps: the receivers must read the same stream (q, k, v of one layer, or one MLP).")
     start, stop = graph.senders.index(sender) + 1, reach.pop()
     return [
         name
         for name in graph.senders[start:stop]
-        if name.startswith("m") and graph.allowed_UR[start - 1, graph.receivers.index(name)] and name not in receivers
+        if is_mlp(name) and graph.allowed_UR[start - 1, graph.receivers.index(name)] and name not in receivers
     ]

@@ -12,12 +12,14 @@ import bildung
 from bildung.core.errors import SettingsError
 from bildung.look.acdc import acdc
 from bildung.look.answer_metrics import answer_metric
+from bildung.look.asked import Asked
 from bildung.look.edge_attribution import connected, edge_scores, strongest
 from bildung.look.edge_experiment import EdgeExperiment
-from bildung.look.graph import graph_of
+from bildung.look.graph import Graph, graph_of
 from bildung.look.patching import last_logits, patching_grid
 from bildung.look.path_patching import along_path, into_receivers
 from bildung.look.prompt_pairs import Pair, Pairs
+from tests.contract.test_families import made
 from tests.look.induction_by_hand import CIRCUIT, induction_model, induction_pairs
 from tests.model.tiny import tiny_decoder, tokens
 
@@ -202,6 +204,40 @@ def test_linear_path_patching_adds_up_and_exact_does_not(name: str):
         everyone = experiment.cutting((sender, "logits") for sender in experiment.graph.senders)
         together = experiment.value(everyone) - experiment.clean
         assert (sum(alone) == pytest.approx(together, abs=1e-4)) == adds
+
+
+def test_the_graph_of_an_encoder_decoder_goes_through_the_source():
+    """Nothing cut is the clean run, all cut the corrupted one; cutting all edges of a part patches what it writes."""
+    lm, random = made("t5"), torch.Generator().manual_seed(5)
+    rows = [torch.randint(3, 250, (2, length), generator=random).tolist() for length in (5, 5, 3)]
+    pairs = Pairs(tuple(Pair(tuple(a), tuple(b), (7,), (9,)) for a, b in rows))
+    for answer in ((258,), (258, 11, 12, 13)):
+        model = Asked(lm.model, answer)
+        experiment = EdgeExperiment(model, pairs)
+        graph = experiment.graph
+        assert _is_edge(graph, "e.a1.h5", "c0.h2.k") and _is_edge(graph, "c0.h2", "m0")
+        assert not _is_edge(graph, "e.m1", "logits") and not _is_edge(graph, "embed", "e.m0")
+        for which, found in (("clean_BL", experiment.clean), ("corrupted_BL", experiment.corrupted)):
+            with torch.no_grad():
+                logits = torch.cat([last_logits(model, getattr(batch, which)) for batch in pairs.batches(8)])
+            assert found == pytest.approx((logits[:, 7] - logits[:, 9]).mean().item(), abs=1e-4)
+        for site, part in (("attn.z", "e.a{}.h{}"), ("decoder.attn.z", "a{}.h{}"), ("decoder.cross.z", "c{}.h{}")):
+            grid = patching_grid(model, pairs, site=site, across="head", direction="noising")
+            for layer, head in ((0, 2), (1, 5)):
+                name = part.format(layer, head)
+                row = graph.senders.index(name)
+                edges = [(name, r) for n, r in enumerate(graph.receivers) if graph.allowed_UR[row, n]]
+                assert experiment.value(experiment.cutting(edges)) == pytest.approx(
+                    grid.values[layer, head].item(), abs=1e-4
+                )
+    for edge in (("e.a0.h2", "c1.h3.k"), ("e.embed", "c0.h1.v"), ("c0.h4", "m0"), ("a0.h1", "c1.h0.q")):
+        score = edge_scores(experiment)[graph.index(*edge)].item()
+        little = experiment.cutting([edge]) * 1e-2
+        assert (experiment.value(little) - experiment.clean) / 1e-2 == pytest.approx(score, rel=0.1, abs=2e-3)
+
+
+def _is_edge(graph: Graph, sender: str, receiver: str) -> bool:
+    return bool(graph.allowed_UR[graph.senders.index(sender), graph.receivers.index(receiver)])
 
 
 def test_graph_names_what_it_refuses():

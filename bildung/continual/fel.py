@@ -58,7 +58,8 @@ class FelSettings:
         if min(self.units, self.positive, self.negative, self.members) < 1 or self.fan_in < 2:
             raise ValueError("units, positive, negative and members must be at least 1, and fan_in at least 2")
         if self.positive + self.negative > self.units:
-            raise ValueError(f"positive + negative = {self.positive + self.negative} of {self.units} units")
+            triggered = f"positive = {self.positive} and negative = {self.negative}"
+            raise ValueError(f"{triggered} were given; together they are at most units = {self.units}")
 
 
 def expansion(features: int, units: int, fan_in: int, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,7 @@ from bildung.continual.method import DELTA, Method, Now, lora_settings
 from bildung.continual.tasks import Task
 from bildung.core.errors import ModelFileError, SettingsError
 from bildung.core.settings import settings
-from bildung.model.linear import Dense, linears
+from bildung.model.linear import Dense, linears, match_linears
 from bildung.model.low_rank import LowRank
 from bildung.model.safetensors_file import read_file, write_file
 from bildung.model.store import LanguageModel
@@ -92,8 +92,11 @@ class OrthogonalLora(Method):
                 raise ModelFileError(f"{now.source / FILE} is missing: it holds the directions of the tasks before.")
             self.earlier = {key: rows.to(lm.model.device) for key, rows in read_file(now.source / FILE)}
         seed = now.given.seed * 1009 + now.number  # a delta that starts where an earlier one did would repeat it
-        add_lora(lm.model, lora_settings(self.given.rank, seed, self.given.target), DELTA)
-        if (head := getattr(lm.model, "classifier", None)) is not None:
+        target, head = self.given.target, getattr(lm.model, "classifier", None)
+        if head is not None and target == "all":  # the head trains whole, and has fewer rows than a LoRA's rank
+            target = tuple(name for name in match_linears(lm.model, target) if not name.startswith("classifier."))
+        add_lora(lm.model, lora_settings(self.given.rank, seed, target), DELTA)
+        if head is not None:
             for linear in linears(head).values():
                 linear.deltas.clear()
             head.requires_grad_(True)

@@ -16,8 +16,9 @@ A task is labelled texts, for an encoder with a classifier, or conversations, fo
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +40,7 @@ from bildung.data.sources import fingerprint
 from bildung.evaluate import card
 from bildung.evaluate.card import CardSettings
 from bildung.model.base import CausalLM
+from bildung.model.encoder import Encoder
 from bildung.model.store import load
 from bildung.train.optim import ScheduleName
 from bildung.train.training import Training, check_ranges
@@ -62,7 +64,8 @@ class Settings(Training):
     label: str = "label"  # column of the class
     max_length: int = 128  # tokens of a text or conversation; longer ones are cut
     rank: int | None = None  # train one LoRA of this rank (conversations; plain, rehearsal, ewc, lwf); default: all
-    learning_rate: float = 5e-5  # at the top of the schedule
+    learning_rate: float | None = None  # type: ignore[assignment]
+    """At the top of the schedule; default: 5e-5, with a rank 2e-4, orthogonal_lora and fel 2e-3."""
     schedule: ScheduleName = "linear"  # course of the learning rate after the warmup
     warmup: float = 0.1  # share of the steps in which the learning rate rises
     batch_size: int = 16  # rows per micro-step
@@ -83,6 +86,11 @@ def train(source: Path, out: Path, settings: Settings, *, force: bool = False) -
     """
     source = Path(source)
     check_ranges(settings)
+    if (
+        settings.learning_rate is None
+    ):  # of few or fresh numbers larger steps: those of `tune lora`, benchmarks/continual.py
+        rate = 2e-3 if settings.method in ("orthogonal_lora", "fel") else 5e-5 if settings.rank is None else 2e-4
+        settings = replace(settings, learning_rate=rate)
     tasks, tests = named(settings.tasks, "tasks"), named(settings.tests, "tests")
     check(settings, tasks, tests)
     data = {name: fingerprint(place) for name, place in tasks.items()}
@@ -115,6 +123,10 @@ def check(settings: Settings, tasks: Mapping[str, str], tests: Mapping[str, str]
     """Raises SettingsError for what does not go together, before anything is read."""
     if len(tasks) < 2:
         raise SettingsError(f"{len(tasks)} tasks were given; a sequence has at least 2. (--tasks a=DATA b=DATA)")
+    for name in typing.get_args(Technique):
+        own = getattr(settings, name, None)
+        if own is not None and settings.method != name and own != type(own)():
+            raise SettingsError(f"settings of {name} were given, and method is {settings.method!r}; set method {name}.")
     if unknown := [name for name in tests if name not in tasks]:
         raise SettingsError(f"tests: {unknown[0]!r} is none of the tasks: {', '.join(tasks)}.")
     if not settings.held_out and (without := [name for name in tasks if name not in tests]):
@@ -129,8 +141,11 @@ def kind_of(model: object, settings: Settings) -> Kind:
     """Conversations for a model that continues text, labelled texts for an encoder. Raises SettingsError."""
     if isinstance(model, CausalLM):
         return Conversations(settings.max_length)
-    if not hasattr(model, "classify"):
-        raise SettingsError(f"a {type(model).__name__} learns neither conversations nor labelled texts.")
+    if not isinstance(model, Encoder):
+        raise SettingsError(
+            f"a {type(model).__name__} learns neither conversations nor labelled texts here: a model that continues "
+            f"text learns conversations, an encoder labelled texts. (A decoder that classifies: start from the decoder.)"
+        )
     if settings.rank is not None:
         raise SettingsError(
             "rank: a classifier trains with all of its model here, and an adapter's files do not hold it; "

@@ -57,6 +57,16 @@ def test_each_directory_is_an_ordinary_model(
 NAMES = ("1-pets", "2-times", "3-colours")
 
 
+def test_by_default_the_head_has_no_lora_and_the_rate_is_that_of_few_numbers(
+    encoder: Path, given: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """A head of few classes has fewer rows than the rank."""
+    record = train(encoder, tmp_path / "out", given(method="orthogonal_lora", steps=1, learning_rate=None))
+    assert record.settings["learning_rate"] == 2e-3 and record.settings["orthogonal_lora"]["rank"] == 8
+    directions = dict(read_file(tmp_path / "out" / "2-times" / FILE))
+    assert directions[NAME].shape == (16, 32) and not any(name.startswith("classifier") for name in directions)
+
+
 def test_settings_out_of_range() -> None:
     with pytest.raises(SettingsError, match="rank = 0"):
         OrthogonalLoraSettings(rank=0)

@@ -16,8 +16,10 @@ from bildung.continual import sequence
 from bildung.continual.tasks import LabelledTexts, named
 from bildung.continual.train import Settings, train
 from bildung.core.errors import DataError, SettingsError
+from bildung.core.operation import Job
 from bildung.core.record import read_record
 from bildung.train import fit as fit_module
+from bildung.tune.classifier_head import with_classifier
 
 
 def test_plain_training_over_three_tasks(
@@ -153,6 +155,8 @@ def test_a_test_set_of_its_own(encoder: Path, tasks: Any, given: Callable[..., S
         ({"rank": 4}, "rank: a classifier trains with all of its model"),
         ({"method": "progressive", "heads": "shared"}, "must be told the task"),
         ({"method": "rehearsal", "rehearsal": {"generate": True}}, "an encoder writes no texts"),
+        ({"ewc": {"share": 0.3}}, "settings of ewc were given, and method is 'plain'"),
+        ({"method": "fel", "fel": {"positive": 3000}}, "positive = 3000 and .* at most units = 2048"),
     ],
 )
 def test_what_is_refused(
@@ -172,6 +176,14 @@ def test_what_conversations_do_not_take(tiny_lm_directory: Path, tasks: Any, tmp
         train(tiny_lm_directory, tmp_path / "out", Settings(**common, method="fel"))
     with pytest.raises(SettingsError, match="leave out rank"):
         train(tiny_lm_directory, tmp_path / "out", Settings(**common, method="fel", rank=3))
+
+
+def test_a_decoder_that_classifies_is_refused(tiny_lm_directory: Path, tasks: Any, tmp_path: Path) -> None:
+    lm = bildung.load(tiny_lm_directory)
+    headed = with_classifier(Job("x", None, tmp_path, None), lm, ("a", "b"), 0)
+    source = bildung.save(headed, tmp_path / "source")
+    with pytest.raises(SettingsError, match=r"a DecoderClassifier learns neither .*start from the decoder"):
+        train(source, tmp_path / "out", Settings(tasks=tasks[:2], held_out=30, steps=1))
 
 
 def test_names_of_tasks_and_rows_of_the_head(tasks: Any) -> None:

@@ -91,7 +91,8 @@ def patch(source: Path, out: Path, settings: Settings, *, force: bool = False) -
 def as_json(grids: list[Grid], model: str, example: list[str], settings: Settings) -> dict[str, Any]:
     """Everything the page and the picture show; values are [layer][column]."""
     what = "attribution patching" if settings.attribution else f"activation patching, {settings.direction}"
-    return {
+    first_order = "Each cell is what exchanging one activation would do to first order: one gradient, times the change."
+    return ({"each": first_order} if settings.attribution else {}) | {
         "title": what,
         "model": model,
         "metric": settings.metric,

@@ -74,7 +74,8 @@ def saliency(source: Path, out: Path, settings: Settings, *, force: bool = False
         given = {
             name: getattr(settings, name) for name in ("chat", "answer", "target", "methods", "baseline", "points")
         }
-        found = explain(load(source), settings.prompt, max_tokens=settings.max_tokens, **given)
+        lm = load(source, "float32")  # gradients of bfloat16 are rounded at every layer, and integrals of them more
+        found = explain(lm, settings.prompt, max_tokens=settings.max_tokens, **given)
         numbers = as_json(found, Path(source).name, settings)
         (job.out / "saliency.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")
         (job.out / "saliency.html").write_text(page(numbers, command_of(job)), encoding="utf-8")

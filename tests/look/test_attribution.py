@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,10 @@ def test_the_page_the_numbers_and_what_is_refused(tmp_path: Path) -> None:
     lm = tiny_lm()
     place = bildung.save(lm, tmp_path / "lm")
     settings = operation.Settings(prompt="a <b> & $x$", target="c", against="d")
+    half = bildung.save(replace(lm, model=copy.deepcopy(lm.model).bfloat16()), tmp_path / "half")
+    operation.attribution(half, tmp_path / "of_half", settings)
+    shares = json.loads((tmp_path / "of_half" / "attribution.json").read_text(encoding="utf-8"))
+    assert sum(one["share"] for one in shares["shares"]) == pytest.approx(shares["logit"], abs=2e-4)
     record = operation.attribution(place, tmp_path / "out", settings)
     numbers = json.loads((tmp_path / "out" / "attribution.json").read_text(encoding="utf-8"))
     found = attribute(lm, "a <b> & $x$", target="c", against="d")

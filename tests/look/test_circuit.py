@@ -141,6 +141,10 @@ def test_grids_become_pages(place: Path, capsys: pytest.CaptureFixture[str]):
         place / "lm", place / "one", patch_verb.Settings(**given | {"count": 1}, sites=(), at=("5",))
     )
     assert "more than the first 1 pairs" in record.notes[0] and record.notes[0] in capsys.readouterr().out
+    assert "one run of the model" in (place / "patch/patch.html").read_text()
+    first = patch_verb.Settings(**given, sites=(), heads=("attn.z",), attribution=True)
+    patch_verb.patch(place / "lm", place / "first", first)
+    assert "to first order" in (place / "first/patch.html").read_text()
     record = path_verb.path_patch(place / "lm", place / "path", path_verb.Settings(**given, receivers=("a1.h0.q",)))
     grid = json.loads((place / "path/path_patch.json").read_text())["grids"][0]
     assert grid["columns"] == ["0", "1", "2", "3", "mlp"] and grid["rows"] == ["0"]

@@ -127,7 +127,12 @@ def test_the_page_the_numbers_and_what_is_refused(tmp_path: Path) -> None:
     half = bildung.save(replace(lm, model=copy.deepcopy(lm.model).bfloat16()), tmp_path / "half")
     operation.attribution(half, tmp_path / "of_half", settings)
     shares = json.loads((tmp_path / "of_half" / "attribution.json").read_text(encoding="utf-8"))
-    assert sum(one["share"] for one in shares["shares"]) == pytest.approx(shares["logit"], abs=2e-4)
+    wide, narrow = (
+        attribute(bildung.load(half, kind), "a <b> & $x$", target="c", against="d") for kind in ("float32", None)
+    )
+    assert shares["logit"] == pytest.approx(wide.logit, rel=1e-4) and wide.logit != pytest.approx(
+        narrow.logit, rel=1e-3
+    )
     record = operation.attribution(place, tmp_path / "out", settings)
     numbers = json.loads((tmp_path / "out" / "attribution.json").read_text(encoding="utf-8"))
     found = attribute(lm, "a <b> & $x$", target="c", against="d")

@@ -26,10 +26,12 @@ from torch import Tensor
 
 from bildung.core.errors import DataError
 from bildung.look.activations import Read, collect
+from bildung.look.asked import stack_prefix
 from bildung.look.facts import Fact, Relation, says
 from bildung.look.patch_targets import place_of, target_prompt
 from bildung.look.patchscopes import patched_texts
 from bildung.look.probes import Options, train_probe
+from bildung.look.prompt import encode_text, half
 from bildung.model.store import LanguageModel
 from bildung.run.write import write
 
@@ -89,18 +91,19 @@ def extract(
     order = torch.randperm(len(every_fact), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen, asked = known_facts(lm, relation, [every_fact[i] for i in order], count, new_tokens)
     numbers = [every_fact.index(fact) for fact in chosen]
-    sites = [f"layers.{layer}.resid_post" for layer in layers]
+    reader = half(lm, "encoder")  # of an encoder-decoder the half that reads questions
+    sites = [f"{stack_prefix(reader.model)}layers.{layer}.resid_post" for layer in layers]
     vectors = collect(lm, [reading(lm, c.format(f.subject), f.subject) for f in every_fact for c in CONTEXTS], sites)
     h_FCND = torch.stack([vectors[site] for site in sites], 1).unflatten(0, (len(every_fact), len(CONTEXTS)))
     h_SND = h_FCND[numbers, -1]
     # Every vector into every target layer: the runs are facts x layers x target layers.
     into = torch.arange(len(target_layers)).repeat(len(chosen) * len(layers))
     h_RE = h_SND.flatten(0, 1).repeat_interleave(len(target_layers), 0).to(lm.model.device, lm.model.dtype)
-    target = target_prompt(lm, relation.prompt)
+    target = target_prompt(reader, relation.prompt)
     texts: list[str] = []
     for start in range(0, len(h_RE), 256):
         part = slice(start, start + 256)
-        texts += patched_texts(lm, target, h_RE[part], [target_layers[t] for t in into[part].tolist()], new_tokens)
+        texts += patched_texts(reader, target, h_RE[part], [target_layers[t] for t in into[part].tolist()], new_tokens)
         advance(len(texts) - start)
     shape = (len(chosen), len(layers), len(target_layers))
     per_fact = shape[1] * shape[2]
@@ -123,7 +126,7 @@ def known_facts(
     asked = 0
     for start in range(0, len(every_fact), 64):
         part = every_fact[start : start + 64]
-        prompts = [lm.tokenizer.encode(relation.prompt.format(fact.subject)) for fact in part]
+        prompts = [encode_text(lm, relation.prompt.format(fact.subject))[0] for fact in part]
         answers = write(lm.model, lm.tokenizer, prompts, new_tokens)
         asked += len(part)
         known += [fact for fact, answer in zip(part, answers, strict=True) if says(answer[0].text, fact.object)]
@@ -139,17 +142,17 @@ def known_facts(
 
 def reading(lm: LanguageModel, text: str, name: str) -> Read:
     """A text, of which the vector of the name's last token is wanted."""
-    tokens = lm.tokenizer.encode(text)
+    tokens = encode_text(lm, text)[0]
     return Read(tokens, [[place_of(lm, text, tokens, name)]])
 
 
 def right_elsewhere(hits_SNT: Tensor) -> Tensor:
     """SN: right with the one T (per N) that was best on the other half of S."""
     hits, right_SN = hits_SNT.double(), torch.zeros(hits_SNT.shape[:2], dtype=torch.float64)
-    for half in (0, 1):
-        mine = hits[half::2]
-        best_N = hits[1 - half :: 2].mean(0).argmax(-1)
-        right_SN[half::2] = mine.gather(-1, best_N.expand(len(mine), -1)[..., None])[..., 0]
+    for part in (0, 1):
+        mine = hits[part::2]
+        best_N = hits[1 - part :: 2].mean(0).argmax(-1)
+        right_SN[part::2] = mine.gather(-1, best_N.expand(len(mine), -1)[..., None])[..., 0]
     return right_SN
 
 

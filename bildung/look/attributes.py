@@ -77,7 +77,7 @@ def attributes(source: Path, out: Path, settings: Settings, *, force: bool = Fal
 
 def extract_relations(lm: LanguageModel, given: Settings, notes: list[str]) -> dict[str, Extraction]:
     """{relation: what was found}. Notes what has no object."""
-    check_writes(lm)
+    check_writes(lm, answers=True)
     layers, theirs = (list(some) or every(lm, given.step) for some in (given.layers, given.target_layers))
     for layer in [*layers, *theirs]:
         check_layer(lm, layer, "model")

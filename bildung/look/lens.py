@@ -139,9 +139,9 @@ def check_has_lens(lm: LanguageModel) -> None:
         )
 
 
-def check_writes(lm: LanguageModel) -> None:
-    """Raises DataError for a model that does not write text."""
-    if not isinstance(lm.model, CausalLM):
+def check_writes(lm: LanguageModel, answers: bool = False) -> None:
+    """Raises DataError for a model that does not write text. answers: one that answers a source does, too."""
+    if not isinstance(lm.model, CausalLM) and not (answers and hasattr(lm.model, "given")):
         raise DataError(
             f"a {lm.config.model_type} of kind {lm.config.kind!r} does not continue text; probe its layers instead: "
             "bildung look probe."

@@ -36,6 +36,7 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.look.activations import Read, collect
+from bildung.look.asked import stack_prefix
 from bildung.look.attribute_extraction import others_said, right_elsewhere
 from bildung.look.facts import RELATIONS, Fact, facts, says
 from bildung.look.grid_page import draw_grids
@@ -44,6 +45,7 @@ from bildung.look.page import command_of, look_page
 from bildung.look.patch_targets import target_prompt
 from bildung.look.patchscope import every
 from bildung.look.patchscopes import check_layer, patched_texts
+from bildung.look.prompt import encode_text, frame_around, half
 from bildung.model.store import LanguageModel, load
 from bildung.run.write import write
 
@@ -119,7 +121,7 @@ def questions() -> list[Question]:
 
 def repair(lm: LanguageModel, given: Settings) -> Repair:
     """Ask, patch and ask again. Raises DataError when the model answers the two hops of fewer than two questions."""
-    check_writes(lm)
+    check_writes(lm, answers=True)
     layers, theirs = (list(some) or every(lm, given.step) for some in (given.layers, given.target_layers))
     for layer in [*layers, *theirs]:
         check_layer(lm, layer, "model")
@@ -128,13 +130,15 @@ def repair(lm: LanguageModel, given: Settings) -> Repair:
     order = torch.randperm(len(all_questions), generator=torch.Generator().manual_seed(given.seed)).tolist()
     chosen, asked = answered_one_by_one(lm, [all_questions[i] for i in order], given)
     at_once = ask(lm, [SECOND.format(FIRST.format(one.given)) for one in chosen], given.new_tokens)
-    sites = [f"layers.{layer}.resid_post" for layer in layers]
-    reads = [lm.tokenizer.encode(FIRST.format(one.given)) for one in chosen]
-    vectors = collect(lm, [Read(tokens, [[len(tokens) - 1]]) for tokens in reads], sites)
+    reader = half(lm, "encoder")  # of an encoder-decoder the half that reads questions
+    sites = [f"{stack_prefix(reader.model)}layers.{layer}.resid_post" for layer in layers]
+    reads = [encode_text(lm, FIRST.format(one.given))[0] for one in chosen]
+    last = 1 + len(frame_around(lm).after)
+    vectors = collect(lm, [Read(tokens, [[len(tokens) - last]]) for tokens in reads], sites)
     h_SND = torch.stack([vectors[site] for site in sites], 1)
     h_RE = h_SND.flatten(0, 1).repeat_interleave(len(theirs), 0).to(lm.model.device, lm.model.dtype)
     into = theirs * (len(chosen) * len(layers))
-    texts = patched_texts(lm, target_prompt(lm, SECOND), h_RE, into, given.new_tokens)
+    texts = patched_texts(reader, target_prompt(reader, SECOND), h_RE, into, given.new_tokens)
     shape = (len(chosen), len(layers), len(theirs))
     hits = [says(text, chosen[r // (shape[1] * shape[2])].answer) for r, text in enumerate(texts)]
     right = torch.tensor([says(text, one.answer) for text, one in zip(at_once, chosen, strict=True)])
@@ -146,7 +150,7 @@ def repair(lm: LanguageModel, given: Settings) -> Repair:
 
 def ask(lm: LanguageModel, prompts: Sequence[str], new_tokens: int) -> list[str]:
     """What the model writes after each."""
-    found = write(lm.model, lm.tokenizer, [lm.tokenizer.encode(prompt) for prompt in prompts], new_tokens)
+    found = write(lm.model, lm.tokenizer, [encode_text(lm, prompt)[0] for prompt in prompts], new_tokens)
     return [answers[0].text for answers in found]
 
 

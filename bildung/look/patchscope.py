@@ -4,6 +4,7 @@
     bildung look patchscope MODEL OUT --prompt "..." --target "The capital of {} is" --at "United States"
     bildung look patchscope MODEL OUT --prompt "..." --across position          every position, each layer to itself
     bildung look patchscope SMALL OUT --prompt "..." --into LARGE --map MAPS     a larger model explains a smaller one
+    bildung look patchscope T5 OUT --prompt "..." --stack encoder --target-stack encoder --target "translate: {}"
 
 OUT gets patchscope.html (one file, works offline), patchscope.png and patchscope.json. What is computed is in
 look/patchscopes.py, the published target prompts are in look/patch_targets.py.
@@ -20,14 +21,17 @@ from bildung.core.errors import SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
+from bildung.look.asked import StackName
+from bildung.look.lens import ANSWER
 from bildung.look.page import command_of
 from bildung.look.patch_targets import place_of, target_prompt
 from bildung.look.patchscope_page import as_json, draw, page, summary
 from bildung.look.patchscopes import Cell, check_layer, identity
 from bildung.look.patchscopes import patchscope as run_cells
-from bildung.look.prompt import encode_prompt
+from bildung.look.prompt import encode_prompt, half, text_in
 from bildung.look.stream_map import same_depth
 from bildung.look.stream_maps import StreamMaps, read_maps
+from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.store import LanguageModel, load
 
 
@@ -39,6 +43,8 @@ class Settings:
     chat: bool = False  # the prompt is a user's turn, put through the model's chat template
     at: str | None = None  # the vector is of the last token of this part of the prompt
     position: int = -1  # or of this one; negative: from the end
+    stack: StackName = "encoder"  # of an encoder-decoder: its encoder reads the prompt, its decoder its own answer
+    target_stack: StackName = "encoder"  # the same of the model that reads the target; its decoder has no source
     target: str = "token_identity"  # token_identity, description, or a text with {} where the vector goes
     target_position: int | None = None  # in a text without {}: which token is patched; default: the last
     across: Literal["target_layer", "position"] = "target_layer"  # the grid's columns
@@ -81,9 +87,13 @@ def every(lm: LanguageModel, step: int) -> list[int]:
 
 def patchscope_of(lm: LanguageModel, given: Settings, into: LanguageModel | None = None) -> dict[str, Any]:
     """All that the page shows. Raises DataError, NoSuchSite, SettingsError, ModelFileError for what cannot be run."""
-    target_lm = into or lm
+    target_lm = half(into or lm, given.target_stack)
+    if isinstance(lm.model, EncoderDecoder) and given.stack == "decoder":
+        lm, tokens = text_in(lm, given.prompt, chat=given.chat, limit=given.max_tokens, new_tokens=ANSWER)
+    else:
+        lm = half(lm, given.stack)
+        tokens = encode_prompt(lm, given.prompt, given.chat, given.max_tokens)
     maps = read_maps(given.map, lm, target_lm) if given.map else None
-    tokens = encode_prompt(lm, given.prompt, given.chat, given.max_tokens)
     if given.at is not None and given.chat:
         raise SettingsError("`at` is looked up in the plain prompt; with a chat template give the position.")
     place = place_of(lm, given.prompt, tokens, given.position if given.at is None else given.at)

@@ -19,8 +19,8 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
-from bildung.look.lens import check_writes
-from bildung.look.patchscopes import check_layer
+from bildung.look.asked import stack_in
+from bildung.look.patchscopes import check_has_stream, check_layer
 from bildung.look.stream_maps import Pair, learn_maps, pieces, write_maps
 from bildung.model.store import LanguageModel, load
 
@@ -45,8 +45,9 @@ def stream_map(source: Path, out: Path, settings: Settings, *, force: bool = Fal
         raise SettingsError("pieces is at least 16 (every 8th is held out) and length at least 2.")
 
     def work(job: Job) -> None:
-        lm = load(source, settings.dtype)
-        into = load(settings.target, settings.dtype) if settings.target else lm
+        # Of an encoder-decoder the encoder: a text is its source.
+        lm = stack_in(load(source, settings.dtype), "encoder", ())
+        into = stack_in(load(settings.target, settings.dtype), "encoder", ()) if settings.target else lm
         texts = pieces(lm, documents(settings.data), settings.length, settings.pieces)
         maps, explained, count = learn_maps(lm, into, texts, chosen_pairs(lm, into, settings), longest=settings.length)
         write_maps(maps, job.out)
@@ -64,7 +65,7 @@ def stream_map(source: Path, out: Path, settings: Settings, *, force: bool = Fal
 def chosen_pairs(lm: LanguageModel, into: LanguageModel, given: Settings) -> list[Pair]:
     """The pairs of layers that the settings ask for."""
     for one in (lm, into):
-        check_writes(one)
+        check_has_stream(one)
     layers = list(given.layers or range(lm.config.num_hidden_layers))
     if given.every:
         theirs = list(given.target_layers or range(into.config.num_hidden_layers))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bildung.core.errors import DataError, ModelFileError, SettingsError
 from bildung.look.patchscopes import streams
+from bildung.look.prompt import encode_text
 from bildung.look.translators import weights_hash
 from bildung.model.safetensors_file import read_file, write_file
 from bildung.model.store import LanguageModel
@@ -98,12 +99,10 @@ def shared_positions(a: LanguageModel, b: LanguageModel, text: str, longest: int
     """(token ids of both models, positions at which both have read the same text), within `longest` tokens."""
     read, ends = [], []
     for lm in (a, b):
-        ids, spans = encode_with_spans(lm.tokenizer, text)
-        whole = lm.tokenizer.encode(text)
-        before = len(whole) - len(ids)
+        whole, spans = encode_text(lm, text)
         read.append(whole[:longest])
         # Position 0 is left out: whatever stands there, its vector is an attention sink, a hundred times as long.
-        places = ((before + n, start, stop) for n, (start, stop) in enumerate(spans))
+        places = ((n, start, stop) for n, (start, stop) in enumerate(spans))
         last = {stop: place for place, start, stop in places if stop > start and 0 < place < longest}
         ends.append(last)
     return read, [(ends[0][stop], ends[1][stop]) for stop in sorted(ends[0].keys() & ends[1].keys())]

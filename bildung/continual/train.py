@@ -144,7 +144,7 @@ def kind_of(model: object, settings: Settings) -> Kind:
     if not isinstance(model, Encoder):
         raise SettingsError(
             f"a {type(model).__name__} learns neither conversations nor labelled texts here: a model that continues "
-            f"text learns conversations, an encoder labelled texts. Of a decoder that classifies, start from the decoder."
+            f"text learns conversations, an encoder labelled texts. Of a classifying decoder give the decoder itself."
         )
     if settings.rank is not None:
         raise SettingsError(

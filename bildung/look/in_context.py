@@ -268,12 +268,14 @@ def shown(points: Sequence[Point], chance: float) -> list[str]:
 
 
 def picture(points: Sequence[Point], chance: float, task: str, path: Path) -> None:
-    """Accuracy by the number of examples."""
-    places = [math.log2(p.shots + 1) for p in points]
+    """Accuracy by the number of examples, with its standard error."""
+    places = [math.log2(p.shots + 1) for p in points]  # 0 has a place, and doubling is a step
     lines: dict[str, Any] = {"as it answers": (places, [p.accuracy for p in points])}
+    errors = {"as it answers": [p.stderr for p in points]}
     if all(p.calibrated is not None for p in points):
         lines["calibrated"] = (places, [p.calibrated for p in points])
-    lines["best round"] = (places, [p.most for p in points])
-    lines["worst round"] = (places, [p.least for p in points])
+        errors["calibrated"] = [p.calibrated_stderr or 0.0 for p in points]
     lines["most frequent"] = ([places[0], places[-1]], [chance, chance])
-    draw_lines([Panel(f"{task}: accuracy by examples shown", "log2(examples + 1)", lines)], path)
+    names = {place: str(p.shots) for place, p in zip(places, points, strict=True)}
+    title = f"{task}: accuracy by examples shown; bands are one standard error"
+    draw_lines([Panel(title, "examples shown", lines, errors=errors, x_names=names)], path)

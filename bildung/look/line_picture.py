@@ -30,6 +30,7 @@ class Panel:
     y_label: str = ""
     shaded: tuple[float, str] | None = None
     errors: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    x_names: Mapping[float, str] = field(default_factory=dict)  # what is written at these places of the axis
 
 
 def draw_lines(panels: Sequence[Panel], path: Path) -> None:
@@ -69,6 +70,8 @@ def _draw(axis: Axes, panel: Panel) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(places, [f"{x:,.10g}" for x in places])
         axis.minorticks_off()
+    if panel.x_names:
+        axis.set_xticks(list(panel.x_names), list(panel.x_names.values()))
     axis.tick_params(length=2, labelsize=7, colors=MUTED)
     axis.grid(True, color=RULE, linewidth=0.4)
     for side, spine in axis.spines.items():

@@ -61,7 +61,12 @@ def add_adapter(lm: LanguageModel, directory: str | Path, name: str) -> None:
 
 
 def add_named(lm: LanguageModel, given: Sequence[str]) -> list[str]:
-    """Add adapters given as NAME=DIRECTORY; returns their names. Raises SettingsError for another form."""
+    """Add adapters given as NAME=DIRECTORY; returns their names. Raises SettingsError for another form, and for a model
+    that is an adapter itself: whether the others stand on it or beside it nobody could tell."""
+    if carried := adapter_names(lm.model):
+        raise SettingsError(
+            f"{lm.path} is an adapter itself; give its base, {lm.base}, and among the adapters {carried[0]}={lm.path}."
+        )
     for one in given:
         name, equals, directory = one.partition("=")
         if not equals or not directory:

@@ -182,7 +182,7 @@ def test_a_decoder_that_classifies_is_refused(tiny_lm_directory: Path, tasks: An
     lm = bildung.load(tiny_lm_directory)
     headed = with_classifier(Job("x", None, tmp_path, None), lm, ("a", "b"), 0)
     source = bildung.save(headed, tmp_path / "source")
-    with pytest.raises(SettingsError, match=r"a DecoderClassifier learns neither .*start from the decoder"):
+    with pytest.raises(SettingsError, match=r"a DecoderClassifier learns neither .*give the decoder itself"):
         train(source, tmp_path / "out", Settings(tasks=tasks[:2], held_out=30, steps=1))
 
 

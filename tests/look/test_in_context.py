@@ -48,13 +48,21 @@ def given(task: str, **more: Any) -> Settings:
     return Settings(**{"task": task, "shots": (0, 1, 3), "rounds": 2, "questions": 6, "dtype": "float32"} | more)
 
 
-def test_a_curve_with_its_errors_and_a_picture(source: Path, task: str, tmp_path: Path, capsys: Any) -> None:
+def test_a_curve_with_its_errors_and_a_picture(
+    source: Path, task: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    drawn: list[Any] = []
+    draw_lines = module.draw_lines
+    monkeypatch.setattr(module, "draw_lines", lambda panels, path: (drawn.extend(panels), draw_lines(panels, path)))
     record = in_context(source, tmp_path / "out", given(task, orders=2))
     points = record.measured["points"]
     assert [p["shots"] for p in points] == [0, 1, 3] and record.measured["questions"] == 6
     assert all(0 <= p["least"] <= p["accuracy"] <= p["most"] <= 1 for p in points)
     assert points[0]["spread"] == 0 and all(p["calibrated"] is not None for p in points)
     assert (tmp_path / "out" / "in_context.png").stat().st_size > 5000
+    (panel,) = drawn
+    assert list(panel.x_names.values()) == ["0", "1", "3"] and panel.x_names.keys() == {0.0, 1.0, 2.0}
+    assert panel.errors["as it answers"] == [p["stderr"] for p in points] and len(panel.errors) == 2
     assert "  3 examples:" in capsys.readouterr().out
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import bildung
-from bildung.core.errors import AdapterError, DataError
+from bildung.core.errors import AdapterError, DataError, SettingsError
 from bildung.model.dora import DoRA
 from bildung.model.ia3 import Rescale
 from bildung.model.linear import match_linears
 from bildung.model.low_rank import LowRank
-from bildung.model.named_adapters import adapter_names
+from bildung.model.named_adapters import adapter_names, add_named
 from bildung.model.store import LanguageModel
 from bildung.model.virtual import Prompt, add_virtual
 from tests.model.tiny import tiny_lm, tokens
@@ -70,6 +70,13 @@ def test_switched(lm: LanguageModel, places: dict[str, Path]) -> None:
         torch.testing.assert_close(lm.model(tokens()), alone(places[name], tokens()), atol=1e-5, rtol=1e-5)
     bildung.use_adapters(lm.model)
     assert torch.equal(lm.model(tokens()), alone(places["base"], tokens()))
+
+
+def test_adapters_are_not_named_on_a_model_that_is_one(places: dict[str, Path]) -> None:
+    """Its own would be switched off without a word."""
+    with pytest.raises(SettingsError, match=r"is an adapter itself; give its base, .*base, and among .*default=.*a\."):
+        add_named(bildung.load(places["a"]), [f"b={places['b']}"])
+    assert add_named(bildung.load(places["base"]), [f"a={places['a']}", f"b={places['b']}"]) == ["a", "b"]
 
 
 @torch.no_grad()

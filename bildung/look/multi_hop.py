@@ -1,7 +1,7 @@
 """Repair of reasoning in two hops: read the first hop alone, and hand its result to the second as a vector.
 
-    bildung look multi_hop MODEL OUT                    the currency of the country whose capital is ...
-    bildung look multi_hop MODEL OUT --facts 40 --step 2
+    bildung look multi_hop MODEL OUT                    the capital of the country whose people are called ...
+    bildung look multi_hop MODEL OUT --hops currency    the currency of the country whose capital is ...
 
     both at once   "The official currency of the country whose capital is Paris"        -> ?
     repaired       "the country whose capital is Paris"   last token, after layer l     h
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +35,11 @@ from bildung.core.errors import DataError, SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.data.sources import fingerprint
+from bildung.data.sources import fingerprint, rows
 from bildung.look.activations import Read, collect
 from bildung.look.asked import stack_prefix
 from bildung.look.attribute_extraction import others_said, right_elsewhere
-from bildung.look.facts import RELATIONS, Fact, facts, says
+from bildung.look.facts import RELATIONS, Fact, Relation, facts, says
 from bildung.look.grid_page import draw_grids
 from bildung.look.lens import check_writes
 from bildung.look.page import command_of, look_page
@@ -49,19 +50,32 @@ from bildung.look.prompt import encode_text, frame_around, half
 from bildung.model.store import LanguageModel, load
 from bildung.run.write import write
 
-FIRST = "the country whose capital is {}"
-SECOND = "The official currency of {}"
+
+@dataclass(frozen=True)
+class Hops:
+    """first: what names a country by the column `given`; relation: what is asked of it."""
+
+    first: str
+    given: str
+    relation: Relation
+
+
+HOPS = {
+    "capital": Hops("the country whose people are called {}", "demonym", RELATIONS["capital"]),
+    "currency": Hops("the country whose capital is {}", "capital", RELATIONS["currency"]),
+}
 
 
 @settings_class
 class Settings:
     """Two-hop repair."""
 
+    hops: Literal["capital", "currency"] = "capital"  # what is asked of a country named by its people or its capital
     facts: int = 24  # questions whose two hops the model answers one by one
     layers: tuple[int, ...] = ()  # of the first hop; default: every step-th and the last
     target_layers: tuple[int, ...] = ()  # of the second; default: the same
     step: int = 4
-    new_tokens: int = 6  # that each run writes
+    new_tokens: int = 8  # that each run writes
     dtype: Literal["float32", "bfloat16"] | None = None  # type to load the model in; default: as stored
     seed: int = 0  # which questions
 
@@ -98,7 +112,7 @@ def multi_hop(source: Path, out: Path, settings: Settings, *, force: bool = Fals
     def work(job: Job) -> None:
         lm = load(source, settings.dtype)
         found = repair(lm, settings)
-        numbers = as_json(found, Path(source).name, command_of(job))
+        numbers = as_json(found, HOPS[settings.hops], Path(source).name, command_of(job))
         (job.out / "multi_hop.json").write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n", "utf-8")
         draw_grids({**numbers, "grids": [numbers["grid"]]}, job.out / "multi_hop.png")
         (job.out / "multi_hop.html").write_text(page(numbers), encoding="utf-8")
@@ -107,16 +121,20 @@ def multi_hop(source: Path, out: Path, settings: Settings, *, force: bool = Fals
         for name, (mean, error) in numbers["shares"].items():
             print(f"{name}: {mean:.3f} ± {error:.3f}")
 
-    data = fingerprint(RELATIONS["currency"].data)
+    data = fingerprint(HOPS[settings.hops].relation.data)
     return perform("look multi_hop", source, out, settings, work, data=data, force=force)
 
 
-def questions() -> list[Question]:
-    """Every country that has a capital and a currency whose word is known; capitals of two countries are left out."""
-    capital = {fact.subject: fact.object for fact in facts(RELATIONS["capital"])[0]}
-    often = list(capital.values())
-    pairs = [(fact, capital[fact.subject]) for fact in facts(RELATIONS["currency"])[0] if fact.subject in capital]
-    return [Question(city, fact.subject, fact.object) for fact, city in pairs if often.count(city) == 1]
+def questions(hops: Hops) -> list[Question]:
+    """Every country of which both are known, but where what is given names two countries or says the answer."""
+    answer = {fact.subject: fact.object for fact in facts(hops.relation)[0]}
+    given = {str(row["name"]): str(row[hops.given]) for row in rows(hops.relation.data) if row.get(hops.given)}
+    often = Counter(given.values())
+    return [
+        Question(text, name, answer[name])
+        for name, text in given.items()
+        if name in answer and often[text] == 1 and not says(f"{text}, {name}", answer[name])
+    ]
 
 
 def repair(lm: LanguageModel, given: Settings) -> Repair:
@@ -126,19 +144,21 @@ def repair(lm: LanguageModel, given: Settings) -> Repair:
     for layer in [*layers, *theirs]:
         check_layer(lm, layer, "model")
     lm.model.eval()
-    all_questions = questions()
+    hops = HOPS[given.hops]
+    second = hops.relation.prompt
+    all_questions = questions(hops)
     order = torch.randperm(len(all_questions), generator=torch.Generator().manual_seed(given.seed)).tolist()
     chosen, asked = answered_one_by_one(lm, [all_questions[i] for i in order], given)
-    at_once = ask(lm, [SECOND.format(FIRST.format(one.given)) for one in chosen], given.new_tokens)
+    at_once = ask(lm, [second.format(hops.first.format(one.given)) for one in chosen], given.new_tokens)
     reader = half(lm, "encoder")  # of an encoder-decoder the half that reads questions
     sites = [f"{stack_prefix(reader.model)}layers.{layer}.resid_post" for layer in layers]
-    reads = [encode_text(lm, FIRST.format(one.given))[0] for one in chosen]
+    reads = [encode_text(lm, hops.first.format(one.given))[0] for one in chosen]
     last = 1 + len(frame_around(lm).after)
     vectors = collect(lm, [Read(tokens, [[len(tokens) - last]]) for tokens in reads], sites)
     h_SND = torch.stack([vectors[site] for site in sites], 1)
     h_RE = h_SND.flatten(0, 1).repeat_interleave(len(theirs), 0).to(lm.model.device, lm.model.dtype)
     into = theirs * (len(chosen) * len(layers))
-    texts = patched_texts(reader, target_prompt(reader, SECOND), h_RE, into, given.new_tokens)
+    texts = patched_texts(reader, target_prompt(reader, second), h_RE, into, given.new_tokens)
     shape = (len(chosen), len(layers), len(theirs))
     hits = [says(text, chosen[r // (shape[1] * shape[2])].answer) for r, text in enumerate(texts)]
     right = torch.tensor([says(text, one.answer) for text, one in zip(at_once, chosen, strict=True)])
@@ -160,12 +180,12 @@ def answered_one_by_one(lm: LanguageModel, some: Sequence[Question], given: Sett
     asked = 0
     for start in range(0, len(some), 64):
         part = some[start : start + 64]
-        first = FIRST[0].upper() + FIRST[1:]
-        hops = ask(lm, [first.format(one.given) + " is" for one in part], given.new_tokens)
-        second = ask(lm, [SECOND.format(one.middle) for one in part], given.new_tokens)
+        hops = HOPS[given.hops]
+        first = ask(lm, [f"T{hops.first[1:]} is".format(one.given) for one in part], given.new_tokens)
+        second = ask(lm, [hops.relation.prompt.format(one.middle) for one in part], given.new_tokens)
         asked += len(part)
         known += [
-            one for one, a, b in zip(part, hops, second, strict=True) if says(a, one.middle) and says(b, one.answer)
+            one for one, a, b in zip(part, first, second, strict=True) if says(a, one.middle) and says(b, one.answer)
         ]
         if len(known) >= given.facts:
             break
@@ -176,7 +196,7 @@ def answered_one_by_one(lm: LanguageModel, some: Sequence[Question], given: Sett
     return known[: given.facts], asked
 
 
-def as_json(found: Repair, model: str, command: str) -> dict[str, Any]:
+def as_json(found: Repair, hops: Hops, model: str, command: str) -> dict[str, Any]:
     """Everything the page and the picture show. shares: {measure: [mean, standard error over questions]}."""
     hits_SNT, others_SN = found.hits_SNT, found.others_SN
     upward_NT = torch.tensor(found.layers)[:, None] < torch.tensor(found.target_layers)
@@ -214,7 +234,7 @@ def as_json(found: Repair, model: str, command: str) -> dict[str, Any]:
     ]
     return {
         "title": "two-hop repair", "metric": "right answers", "model": model, "measured": measured, "shares": shares,
-        "grid": grid, "rows": rows, "texts": found.texts, "prompts": [FIRST, SECOND],
+        "grid": grid, "rows": rows, "texts": found.texts, "prompts": [hops.first, hops.relation.prompt],
         "where": f"layer {layer} into {target_layer}", "command": command,
     }  # fmt: skip
 

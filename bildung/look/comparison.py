@@ -7,22 +7,24 @@
     similarity   which layers still represent a text alike           similarity.py
     patches      which activations carry the change                  cross_patching.py
 
-Not every pair of models has all of it: an encoder predicts no next token, two depths have no common lens grid, two
-tokenizers no common positions. What is left out is listed with the reason, never silently.
+Models that answer a source both read the prompt as theirs, and A's answer; `ids` are its tokens. Masked encoders are
+asked at the prompt's mask, or at all places. Not every pair of models has all of it: an encoder predicts no next token,
+two depths have no common lens grid, two tokenizers no common positions. What is left out is listed with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from bildung.core.errors import DataError, SettingsError, TokenizerError
 from bildung.evaluate.compare import model_difference
+from bildung.look.asked import mask_id_of, with_source
 from bildung.look.cross_patching import Across, CrossGrid, Question, check_like, cross_patching
 from bildung.look.head_change import HeadChange, head_change
-from bildung.look.lens import LensDifference, check_has_lens, check_writes, lens_difference
-from bildung.look.prompt import check_same_model_shape, check_same_tokens, encode_prompt
+from bildung.look.lens import ANSWER, LensDifference, check_has_lens, check_writes, lens_difference
+from bildung.look.prompt import check_same_model_shape, check_same_tokens, encode_prompt, text_in
 from bildung.look.similarity import FEWEST, Similarity, similarity
 from bildung.look.token_difference import (
     Aligned,
@@ -34,9 +36,12 @@ from bildung.look.token_difference import (
 )
 from bildung.look.weight_change import WeightChange, weight_change
 from bildung.model.base import CausalLM
+from bildung.model.encoder import Encoder
 from bildung.model.store import LanguageModel
 
 Align = Literal["tokens", "text"]
+# What is patched in models that answer a source besides: what is read of it, and who reads it.
+ACROSS: tuple[tuple[str, Across], ...] = (("encoder.resid_post", "position"), ("cross.result", "head"))
 
 
 @dataclass
@@ -88,33 +93,46 @@ def compare_models(
         if align_by == "tokens":
             raise TokenizerError(f"{error} To compare them by pieces of the text instead: --align text.") from None
         return _by_text(a, b, prompt, chat)
-    found = Comparison(ids, weight_change(a.model, b.model))
+    question = question or Question(tuple(ids))
+    if list(question.ids) != ids:
+        raise SettingsError("the question's ids are not those of the prompt.")
+    whole_a, whole_b, read = a, b, ids
+    if hasattr(a.model, "given") and hasattr(b.model, "given"):
+        a, read = text_in(a, ids, limit=max_tokens, new_tokens=ANSWER)
+        b, question = with_source(b, ids), replace(question, ids=tuple(read))
+        sites = [*sites, *ACROSS]
+    found = Comparison(read, weight_change(whole_a.model, whole_b.model))
     causal = isinstance(a.model, CausalLM) and isinstance(b.model, CausalLM)
+    masked = all(isinstance(lm.model, Encoder) and lm.model.lm_head is not None for lm in (a, b))
     if causal:
-        found.tokens = token_difference(a, b, ids)
+        found.tokens = token_difference(a, b, read)
+    else:
+        found.left_out["tokens"] = "the models do not both predict a next token" + masked * "; see the lens's last row"
     try:
-        check_has_lens(a)
-        check_has_lens(b)
+        check_has_lens(whole_a)
+        check_has_lens(whole_b)
         check_same_model_shape(a, b)
-        found.lens = lens_difference(a, b, ids, max_tokens=max_tokens)
+        found.lens = lens_difference(a, b, read, max_tokens=len(read))
     except DataError as error:
         found.left_out["lens"] = str(error)
-    if not causal:
-        found.left_out["tokens"] = "the models do not both predict a next token"
     _heads(found, a, b, seed)
-    _similarity(found, a, b, [ids, *more_text])
-    if causal and more_text:
+    _similarity(found, whole_a, whole_b, [ids, *more_text])
+    if whole_a is a and causal and more_text:
         texts = [a.tokenizer.decode(list(row), skip_special=True) for row in more_text]
         found.on_more_text = model_difference(a, b, texts)
-    if causal:
-        _patches(found, a, b, question or Question(tuple(ids)), sites, columns, batch_size)
+    if masked and (mask := mask_id_of(a)) in ids:
+        question = replace(question, at=ids.index(mask))
+    elif masked:
+        question = replace(question, over="all")
+    if causal or masked:
+        _patches(found, a, b, question, sites, columns, batch_size)
     else:
-        found.left_out["patches"] = "patches are measured by the next token, which this model does not predict"
+        found.left_out["patches"] = "patches are measured by predicted tokens, and this model predicts none"
     return found
 
 
 def _heads(found: Comparison, a: LanguageModel, b: LanguageModel, seed: int) -> None:
-    if any("layers.0.attn.result" not in lm.model.sites for lm in (a, b)):
+    if any(f"{getattr(lm.model, 'stack', '')}layers.0.attn.result" not in lm.model.sites for lm in (a, b)):
         found.left_out["heads"] = "one of the models has no attention over one stack of layers"
         return
     try:
@@ -142,16 +160,16 @@ def _patches(
     columns: int,
     batch_size: int,
 ) -> None:
-    if list(question.ids) != found.ids:
-        raise SettingsError("the question's ids are not those of the prompt.")
     try:
         check_like(a.model, b.model, [])
     except DataError as error:
         found.left_out["patches"] = str(error)
         return
     for site, across in sites:
-        if any(not any(name.endswith(f".{site}") for name in lm.model.sites) for lm in (a, b)) and across == "head":
-            found.left_out[f"patches at {site}"] = "one of the models has no heads"
+        word = site.removeprefix("encoder.").removeprefix("decoder.")
+        there = all(any(name.endswith(f".{word}") for name in lm.model.sites) for lm in (a, b))
+        if not there and (across == "head" or {a.config.kind, b.config.kind} & {"recurrent", "seq2seq"}):
+            found.left_out[f"patches at {site}"] = "one of the models has no such site in its layers"
             continue
         grid = cross_patching(a, b, question, site=site, across=across, columns=columns, batch_size=batch_size)
         found.patches.append(grid)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError, SettingsError
+from bildung.look.asked import stack_prefix
 from bildung.look.lens import kl
 from bildung.look.patching import cells, layer_sites, putting
 from bildung.look.prompt import label
@@ -53,13 +54,15 @@ class Question:
     over: Over = "last"
     answers: tuple[int, ...] = ()
     wrong: tuple[int, ...] = ()
+    at: int | None = None  # of a masked encoder: the position whose token is asked for
 
     @property
     def name(self) -> str:
         """The metric in words."""
         if self.metric == "logit_difference":
-            return "logit difference after the last token"
-        return "KL(B‖run) " + ("after the last token" if self.over == "last" else "over all positions")
+            return "logit difference " + ("after the last token" if self.at is None else "at the mask")
+        where = "after the last token" if self.at is None else "at the mask"
+        return "KL(B‖run) " + (where if self.over == "last" else "over all positions")
 
     def check(self) -> None:
         """Raises SettingsError for a logit difference without answers on both sides."""
@@ -120,8 +123,11 @@ def cross_patching(
         places: list[range] = [range(head, head + 1) for head in range(heads)]
         titles = [str(head) for head in range(heads)]
     else:
-        places = stretches(len(question.ids), columns)
-        titles = [_title(into, question.ids, place) for place in places]
+        prefix = stack_prefix(into.model)
+        beside = prefix and not names[0].startswith(prefix)  # at the source that an answer is given to
+        read = into.model.source if beside else question.ids
+        places = stretches(len(read), columns)
+        titles = [_title(into, read, place) for place in places]
     rows = min(batch_size, len(places))
     run = _Run(into, source, question, names, rows)
     nothing = run.values(names[0], _where(shape, run.seen[names[0]], across, [range(0)] * rows))
@@ -186,7 +192,10 @@ class _Run:
         return [self._value(self.model.unembed(h_1LD)[0].float()) for h_1LD in h_RLD.split(1)]
 
     def _asked(self, h_RLD: Tensor) -> Tensor:
-        return h_RLD if self.question.over == "all" and self.question.metric == "kl" else h_RLD[:, -1:]
+        if self.question.over == "all" and self.question.metric == "kl":
+            return h_RLD
+        at = self.question.at
+        return h_RLD[:, -1:] if at is None else h_RLD[:, at : at + 1]
 
     def _value(self, logits_LV: Tensor) -> float:
         if self.question.metric == "kl":

@@ -159,6 +159,21 @@ def test_the_page_has_every_part_and_nothing_from_elsewhere(
         )
 
 
+@pytest.mark.parametrize("changed", ["encoder.layers.1.mlp.down_proj", "decoder.layers.0.cross_attn.v_proj"])
+def test_what_carries_a_change_in_an_encoder_decoder(changed: str):
+    """All that B's encoder hands over carries a change made in it; a change made in the decoder none of it."""
+    lm, other = made("t5"), made("t5")
+    with torch.no_grad():
+        other.model.linears()[changed].base.dense().mul_(1.5)
+    sites = [("decoder.resid_post", "position"), ("cross.out", "position")]
+    found = compare_models(lm, other, [5, 6, 7, 8, 257], sites=sites, columns=1)
+    grids = {grid.site: grid for grid in found.patches}
+    assert found.tokens is not None and found.tokens.kl_L.max() > 1e-4
+    for site, carries in (("encoder.resid_post", changed.startswith("encoder")), ("decoder.resid_post", True)):
+        recovered = grids[site].recovered
+        assert recovered is not None and recovered[-1, 0].item() == pytest.approx(float(carries), abs=1e-3)
+
+
 @pytest.mark.parametrize("family", ["bert", "t5", "vit", "gpt2", "rnn"])
 def test_what_a_family_lacks_is_said(family: str):
     lm = made(family)
@@ -169,14 +184,17 @@ def test_what_a_family_lacks_is_said(family: str):
     parts = {"tokens": found.tokens, "lens": found.lens, "heads": found.heads, "similarity": found.similarity}
     there = {name for name, part in parts.items() if part is not None} | ({"patches"} if found.patches else set())
     expected = {
-        "bert": {"lens", "heads", "similarity"},
-        "t5": {"lens", "similarity"},
+        "bert": {"lens", "heads", "similarity", "patches"},
+        "t5": {*parts, "patches"},
         "vit": set(),
         "gpt2": {*parts, "patches"},
         "rnn": {"tokens", "lens", "similarity", "patches"},
     }[family]
     assert there == expected and {*parts, "patches"} - there <= found.left_out.keys()
     assert bool(found.weights.changed) == (family == "gpt2")
+    if family == "t5":
+        assert found.tokens is not None and (found.tokens.kl_L == 0).all() and found.ids[0] == 258
+        assert {"encoder.resid_post", "cross.result"} <= {grid.site for grid in found.patches}
     if family == "gpt2":
         linear, store = (model.linears()[found.weights.changed[0].name] for model in (lm.model, other.model))
         far = (store.weight() - linear.weight()).norm().item()

@@ -26,7 +26,7 @@ from bildung.look import picture
 from bildung.look.asked import StackName
 from bildung.look.attention_patterns import AttentionPatterns, attention_patterns, moved, pattern_difference, pooled
 from bildung.look.page import command_of, data_url, look_page, packed
-from bildung.model.store import load
+from bildung.look.precise import load_precise
 
 THUMB = 32  # points across a head's small picture on the page
 PICTURE = 64  # and on the PNG
@@ -48,13 +48,13 @@ def attention(source: Path, out: Path, settings: Settings, *, force: bool = Fals
     companions = {"against": settings.against} if settings.against is not None else {}
 
     def work(job: Job) -> None:
-        lm, prompt, chat, longest = load(source), settings.prompt, settings.chat, settings.max_tokens
+        lm, prompt, chat, longest = load_precise(source), settings.prompt, settings.chat, settings.max_tokens
         model, other, b = Path(source).name, None, None
         if settings.against is None:
             a = attention_patterns(lm, prompt, chat=chat, max_tokens=longest, stack=settings.stack)
         else:
             other = settings.against.name
-            other_lm = load(settings.against)
+            other_lm = load_precise(settings.against)
             a, b = pattern_difference(lm, other_lm, prompt, chat=chat, max_tokens=longest, stack=settings.stack)
         tensors = {"a": a.probs_NHLS} | ({"b": b.probs_NHLS} if b else {})
         save_file({key: probs.contiguous() for key, probs in tensors.items()}, job.out / "patterns.safetensors")

@@ -34,9 +34,10 @@ from bildung.look.head_scores import HeadScores, head_scores, repeated_tokens
 from bildung.look.head_weights import copying, embedding, head_weights, through, unembedding
 from bildung.look.in_context_score import InContext, in_context_score
 from bildung.look.page import command_of, look_page
+from bildung.look.precise import load_precise
 from bildung.look.prompt import half
 from bildung.model.base import CausalLM
-from bildung.model.store import LanguageModel, load
+from bildung.model.store import LanguageModel
 
 SHOWN = 16  # tokens of the stretch whose patterns the page shows
 # What the page says of each score.
@@ -79,7 +80,7 @@ def heads(source: Path, out: Path, settings: Settings, *, force: bool = False) -
     vocabulary or context."""
 
     def work(job: Job) -> None:
-        lm = load(source)
+        lm = load_precise(source)
         atlas = head_atlas(lm, settings)
         numbers = as_json(atlas, half(lm, settings.stack), Path(source).name)
         (job.out / "heads.json").write_text(json.dumps(numbers, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -26,8 +26,8 @@ from bildung.look import lens_page, picture
 from bildung.look.lens import LensDifference, LogitLens, lens_difference
 from bildung.look.lens import logit_lens as read_lens
 from bildung.look.page import command_of
+from bildung.look.precise import load_precise
 from bildung.look.translators import read_lens as read_tuned
-from bildung.model.store import load
 
 
 @settings_class
@@ -53,7 +53,7 @@ def logit_lens(source: Path, out: Path, settings: Settings, *, force: bool = Fal
         raise SettingsError("against_tuned is the lens of `against`, and no second model was given.")
 
     def work(job: Job) -> None:
-        lm, prompt, chat, longest = load(source), settings.prompt, settings.chat, settings.max_tokens
+        lm, prompt, chat, longest = load_precise(source), settings.prompt, settings.chat, settings.max_tokens
         model, against = Path(source).name, settings.against.name if settings.against else None
         lens = read_tuned(settings.tuned, lm) if settings.tuned else None
         answer = settings.answer
@@ -61,7 +61,7 @@ def logit_lens(source: Path, out: Path, settings: Settings, *, force: bool = Fal
         if settings.against is None:
             seen = read_lens(lm, prompt, chat=chat, max_tokens=longest, tuned=lens, answer=answer)
         else:
-            b = load(settings.against)
+            b = load_precise(settings.against)
             lenses = lens, read_tuned(settings.against_tuned, b) if settings.against_tuned else None
             seen = lens_difference(lm, b, prompt, chat=chat, max_tokens=longest, tuned=lenses, answer=answer)
         numbers = as_json(seen, prompt, chat, lm.config.vocab_size, model, against)

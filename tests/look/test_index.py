@@ -54,7 +54,7 @@ def test_two_models_side_by_side_and_nothing_to_read(tmp_path: Path) -> None:
 
 def test_every_page_is_framed() -> None:
     """The frame has the command, the region that is read out and the keyboard; a page without it has none of them."""
-    parts = {"frame.html", "heat_map.html", "lens_grid.html"}
+    parts = {"frame.html", "heat_map.html", "heat_table.html", "lens_grid.html", "lens_controls.html"}
     pages = [path for path in HTML.glob("*.html") if path.name not in parts]
     assert len(pages) > 8
     for path in pages:

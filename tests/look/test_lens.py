@@ -14,6 +14,7 @@ import bildung
 from bildung.core.errors import DataError, TokenizerError
 from bildung.look import logit_lens as operation
 from bildung.look.lens import kl, lens_difference, lens_logits, logit_lens
+from bildung.look.translators import new_lens, write_lens
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.linear import Linear
@@ -146,6 +147,18 @@ def test_operation_leaves_page_picture_and_numbers(tmp_path: Path):
     assert record.measured["positions with another top token"] > 0
     again = operation.logit_lens(tmp_path / "base", tmp_path / "out", settings)
     assert again == record  # up to date
+
+
+def test_a_directory_in_bfloat16_is_looked_at_in_float32_and_keeps_its_tuned_lens(tmp_path: Path):
+    lm = tiny_lm()
+    lm.model.bfloat16()
+    place = bildung.save(lm, tmp_path / "half")
+    (tmp_path / "tuned").mkdir()
+    write_lens(new_lens(bildung.load(place)), tmp_path / "tuned")
+    operation.logit_lens(place, tmp_path / "out", operation.Settings(prompt=TEXT, tuned=tmp_path / "tuned"))
+    numbers = torch.tensor(json.loads((tmp_path / "out/lens.json").read_text())["a"]["kl"])
+    wide, narrow = (logit_lens(bildung.load(place, dtype), TEXT).kl_NL for dtype in ("float32", None))
+    assert torch.allclose(numbers, wide, rtol=1e-3) and not torch.allclose(numbers, narrow, rtol=1e-2)
 
 
 def test_quantized_model_has_a_lens(tmp_path: Path):

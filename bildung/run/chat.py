@@ -1,7 +1,7 @@
 """Talk to a model: in the terminal, with a history; or, in a recipe, from a script of prompts.
 
     bildung chat lives/smollm2/nf4
-    /reset forget the conversation   /system TEXT begin anew with this system message   /quit
+    /reset forget the conversation, not the system message   /system TEXT begin anew with another   /quit
     bildung chat lives/smollm2/base --adapters law=lives/law verse=lives/verse
     /use law   go on with this adapter (several: stacked; none: the model itself)
 
@@ -70,7 +70,8 @@ class Conversation:
         if not 1 <= new_tokens < lm.config.max_position_embeddings:
             raise SettingsError(
                 f"new_tokens = {new_tokens}; an answer must have at least 1 token and leave room for a question in the "
-                f"model's context of {lm.config.max_position_embeddings}."
+                f"model's context of {lm.config.max_position_embeddings}. Give new_tokens between, such as "
+                f"{max(1, lm.config.max_position_embeddings // 4)}."
             )
         self.lm, self.new_tokens, self.sampling = lm, new_tokens, sampling
         self.context = lm.config.max_position_embeddings
@@ -79,6 +80,7 @@ class Conversation:
 
     def begin(self, system: str | None = None) -> None:
         """Forget everything; start with a system message, if given."""
+        self.system = system
         self.messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         self.cache: KVCache | None = None
         self.cached: list[int] = []
@@ -119,9 +121,8 @@ class Conversation:
             if len(ids) + self.new_tokens <= self.context:
                 self.messages = kept
                 if dropped:
-                    self.say(
-                        f"(the conversation outgrew {self.context} tokens: the oldest {dropped} turns were dropped)"
-                    )
+                    gone = "the oldest turn was" if dropped == 1 else f"the oldest {dropped} turns were"
+                    self.say(f"(the conversation outgrew {self.context} tokens: {gone} dropped)")
                 return ids
             first = 1 if kept[0]["role"] == "system" else 0
             if len(kept) - first <= 1:
@@ -161,9 +162,11 @@ def chat(source: Path, out: Path, settings: Settings, *, force: bool = False) ->
         conversation.say = job.notes.append
         with packed(conversation.lm.model):  # once, not in each turn
             answers = ["".join(conversation.ask(prompt)) for prompt in settings.prompts]
-        text = json.dumps(conversation.messages, indent=2, ensure_ascii=False)
-        (job.out / TRANSCRIPT).write_text(text + "\n", encoding="utf-8")
-        turns = zip(settings.prompts, answers, strict=True)
+        turns = list(zip(settings.prompts, answers, strict=True))
+        messages = [("system", settings.system)] if settings.system else []
+        messages += [(role, said) for turn in turns for role, said in zip(("user", "assistant"), turn, strict=True)]
+        text = json.dumps([{"role": role, "content": said} for role, said in messages], indent=2, ensure_ascii=False)
+        (job.out / TRANSCRIPT).write_text(text + "\n", encoding="utf-8")  # with the turns that the context had dropped
         job.measured["conversation"] = [{"prompt": prompt, "answer": answer} for prompt, answer in turns]
 
     return perform("chat", source, out, settings, work, force=force)
@@ -195,7 +198,7 @@ def _converse(conversation: Conversation) -> None:
         if word == "/quit":
             return
         if word in ("/reset", "/system"):
-            conversation.begin(rest.strip() or None)
+            conversation.begin(conversation.system if word == "/reset" else rest.strip() or None)
             print("(a new conversation)")
         elif word == "/use":
             _use(conversation, rest.split())

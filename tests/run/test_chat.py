@@ -81,6 +81,11 @@ def test_scripted_conversation_is_an_operation(tiny_lm_directory: Path, tmp_path
     assert [m["content"] for m in messages if m["role"] == "user"] == QUESTIONS
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     assert [turn["answer"] for turn in record.measured["conversation"]] == answers
+    long = [f"number {n}, and some more words after it, to fill the context" for n in range(7)]
+    record = chat.chat(tiny_lm_directory, tmp_path / "long", Settings(prompts=tuple(long), new_tokens=4, system="Hm."))
+    whole = json.loads((tmp_path / "long/transcript.json").read_text())
+    assert "the oldest turn was dropped" in record.notes[0] and whole[0] == {"role": "system", "content": "Hm."}
+    assert [m["content"] for m in whole if m["role"] == "user"] == long and len(whole) == 1 + 2 * len(long)
     with pytest.raises(SettingsError, match="prompts is empty"):
         chat.chat(tiny_lm_directory, tmp_path / "none", Settings(prompts=()))
 
@@ -93,6 +98,16 @@ def test_the_terminal(
     chat.command(Command(directory=tiny_lm_directory, new_tokens=4))
     shown = capsys.readouterr().out
     assert shown.count("model: ") == 2 and "/reste is not known" in shown and "a new conversation" in shown
+
+
+def test_a_reset_keeps_the_system_message(tiny_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = Conversation(tiny_lm, 2, Sampling(), "Be brief.")
+    lines = iter(["Hello.", "/reset", "Hello.", "/quit"])
+    monkeypatch.setattr(builtins, "input", lambda _: next(lines))
+    chat._converse(conversation)
+    assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant"]
+    with pytest.raises(SettingsError, match=r"new_tokens = 256.* Give new_tokens between, such as 64"):
+        Conversation(tiny_lm, 256, Sampling())
 
 
 def test_models_without_a_template_are_refused(tiny_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,15 @@ The names below are loaded when first used, so that `import bildung` and the com
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
+
+# oneDNN, which multiplies bfloat16 on CPUs, keeps the code it made for each of the last 1024 shapes, and PyTorch keeps
+# as many again: half a megabyte each, and batches of texts hardly have the same shape twice. Making it anew takes a
+# third of a millisecond. Read when the first product is made; what is set already stays.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "64")
 
 _HOMES = {
     "load": "bildung.model.store",

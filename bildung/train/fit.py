@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from bildung.core import ranks
 from bildung.core.errors import TrainingError
+from bildung.core.hardware import Tidy
 from bildung.core.progress import progress
 from bildung.core.staging import END
 from bildung.train.ahead import ahead
@@ -158,7 +159,7 @@ def fit(
     ):
         run = Stepper(model, coming, parallel, optimizer, micro_steps, schedule or constant(), clip, seed)
         run.spike, run.scale_loss, run.ctrl_c = spike, scale_loss, ctrl_c
-        resumed_at, earlier, start = history.steps, history.seconds, time.monotonic()
+        resumed_at, earlier, start, tidy = history.steps, history.seconds, time.monotonic(), Tidy()
         if history.steps == 0 and evaluate is not None:
             log.add({"step": 0, **look(0)})
         while (
@@ -168,6 +169,7 @@ def fit(
         ):
             began = time.monotonic()
             row = run.take(history.steps, history.rows)
+            tidy()
             history.steps += 1
             history.tokens_seen += row["tokens"]
             history.trained_tokens += row["targets"]
@@ -227,13 +229,14 @@ def mean_loss(model: nn.Module, objective: Objective, batches: Iterable[Any]) ->
     model.eval()
     device = next(model.parameters()).device
     sums: dict[str, float] = {}
-    count = 0
+    count, tidy = 0, Tidy()
     with torch.no_grad():
         for batch in batches:
             found = objective(model, batch.to(device))
             count += found.count
             for name, summed in {"loss": found.total, **found.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(summed)
+            tidy()
     model.train(was_training)
     if count == 0:
         raise TrainingError("the held-out data has no target token; give other data to evaluate on.")

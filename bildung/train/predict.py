@@ -1,7 +1,9 @@
 """At the start of a run: the memory it will take, said before it is taken, and kept beside what was measured.
 
 It costs one step on paper (plan.py), no step of the run. What came before the training (loading, cards, encoding the
-data) is over by then, so its peak is known; a prediction is the higher of the two.
+data) is over by then, so its peak is known; a prediction is the higher of the two. What comes after it (figures on
+held-out data, baselines) is made to take less: batches no larger than those of training, counts instead of tables
+(evaluate/ngram.py). So the prediction is that of the whole operation, to be compared with the record's peak_bytes.
 """
 
 from __future__ import annotations

@@ -267,7 +267,7 @@ def run(
             carried=carried,
             **fit_options(job, given, steps),
         )
-    job.measured["training_peak_bytes"] = peak_so_far()  # of all until here; what is measured afterwards comes on top
+    job.measured["training_peak_bytes"] = peak_so_far()  # of all until here; what comes after is to take less
     held = held_bytes(model, optimizer)
     job.measured["optimizer_bytes"] = held["optimizer"]
     if given.parallel != "none":

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError, SettingsError
+from bildung.core.hardware import Tidy
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
@@ -150,6 +151,7 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
         lm.model.compute_dtype = COMPUTE[settings.precision]
         objective = told.objective(text_logits, train, settings.label_smoothing, settings.balance)
         cut = sum(len(framed.tokens) == longest for framed, _ in encoded["train"])
+        at_once = min(64, settings.batch_size)  # measuring is to take no more memory than training
         run(
             job,
             lm.model,
@@ -157,11 +159,11 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
             Shuffled(encoded["train"], settings.batch_size, settings.seed, partial(pad_texts, pad_id=pad_id)),
             objective,
             what=f"{len(train):,} texts {told.what(data.classes)}, {cut:,} of them filling {longest} tokens",
-            held_out=list(text_batches(encoded.get("aside", []), 64, pad_id)),
+            held_out=list(text_batches(encoded.get("aside", []), at_once, pad_id)),
             notes=data.notes,
         )
         if final is not None:
-            logits_NC = all_logits(lm.model, text_batches(encoded["final"], 64, pad_id))
+            logits_NC = all_logits(lm.model, text_batches(encoded["final"], at_once, pad_id))
             job.measured |= told.figures(logits_NC, train, final)
             print(told.shown(job.measured))
         lm.model.compute_dtype = None
@@ -231,7 +233,11 @@ def text_logits(model: Any, batch: TextBatch) -> Tensor:
 def all_logits(model: Any, batches: Iterable[TextBatch]) -> Tensor:
     """The logits of every text, NC, float32."""
     model.eval()
-    return torch.cat([text_logits(model, batch.to(model.device)).float().cpu() for batch in batches])
+    found, tidy = [], Tidy()
+    for batch in batches:
+        found.append(text_logits(model, batch.to(model.device)).float().cpu())
+        tidy()
+    return torch.cat(found)
 
 
 def read(settings: Settings, source: str, classes: Sequence[str] | None) -> Labelled:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -42,3 +45,27 @@ def test_a_peak_does_not_stand_on_what_was_freed_before():
     with hardware.PeakMemory() as peak:
         assert len(last) == 100_000
     assert peak.bytes < before.bytes + 100e6
+
+
+def test_a_loop_gives_back_what_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holes of 10 MB a turn on top of 500 MB, where the least is what a turn needs; steady loops are left alone."""
+    held, given_back = {"rss": 500e6}, []
+
+    class Process:
+        def memory_info(self) -> Any:
+            return SimpleNamespace(rss=held["rss"])
+
+    monkeypatch.setattr(hardware.psutil, "Process", Process)
+    monkeypatch.setattr(hardware, "give_back_memory", lambda: (given_back.append(1), held.update(rss=300e6)))
+    tidy, most = hardware.Tidy(), 0.0
+    for turn in range(100):
+        held["rss"] = max(held["rss"], 500e6) + (10e6 if turn < 50 else 0)
+        most = max(most, held["rss"])
+        tidy()
+    assert most <= 510e6 + 10e6 + hardware.Tidy.SLACK + 10e6
+    assert 5 <= len(given_back) <= 10
+
+
+def test_shapes_that_never_come_again_are_forgotten() -> None:
+    """Of each shape of a product oneDNN and PyTorch keep the code; 64 are enough for a step (bildung/__init__.py)."""
+    assert {os.environ.get(name) for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")} == {"64"}

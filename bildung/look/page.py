@@ -3,8 +3,9 @@
 Styles and scripts are put into the page, pictures become data URLs, and a content security policy allows the page's
 own scripts (by their hash) and nothing else: text written by a model stays text, even if escaping were forgotten.
 
-The pages of a look share one frame (html/frame.html), one style sheet (look.css) and one script (look.js: heat maps on
-a canvas and as tables, with the pointer, the keyboard and a region that is read out); `look_page` puts them together.
+The pages of a look share one frame (html/frame.html), one style sheet (look.css) and one script (heat_map.js, look.js:
+maps on a canvas and as tables, with the pointer, the keyboard and a region that is read out); `look_page` puts them
+together.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ HTML = Path(__file__).parent / "html"
 
 def look_page(template: str, script: str | None = None, **values: Any) -> str:
     """A page that extends frame.html, with the shared script and its own. Needs at least model and command."""
-    return render(template, scripts=("look.js", script) if script else ("look.js",), **values)
+    shared = ("heat_map.js", "look.js")
+    return render(template, scripts=(*shared, script) if script else shared, **values)
 
 
 def command_of(job: Job) -> str:

@@ -139,9 +139,8 @@ def sites(model: nn.Module) -> dict[str, str]:
 
 def _check_model(model: object) -> None:
     if not isinstance(getattr(model, "taps", None), Taps):
-        hint = (
-            "give its .model" if isinstance(getattr(model, "model", None), nn.Module) else "load one with bildung.load"
-        )
+        has_one = isinstance(getattr(model, "model", None), nn.Module)
+        hint = "give its .model" if has_one else "load one with bildung.load"
         raise NoSuchSite(f"a {type(model).__name__} has no activation sites, a model has; {hint}.")
 
 
@@ -184,9 +183,9 @@ def observe(model: nn.Module, pattern: str | Sequence[str], *, gradients: bool =
                 watch(x, lambda grad: seen.gradients.__setitem__(site, grad if part is x else _again(grad)), site)
             if part is None:
                 return
-            place, axis = taps.place(site), shape.split().index("L") if "L" in shape.split() else None
-            if selection is not None and axis is not None and site in seen and place is not None and place.past:
-                part = joined(seen[site], part, min(axis, part.ndim - 1), site, selection)
+            place, letters = taps.place(site), shape.split()
+            if selection is not None and "L" in letters and site in seen and place is not None and place.past:
+                part = joined(seen[site], part, min(letters.index("L"), part.ndim - 1), site, selection)
             seen[site] = part
 
         def _again(grad: Tensor) -> Tensor:

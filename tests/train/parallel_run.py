@@ -17,8 +17,9 @@ from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.linear import match_linears
 from bildung.model.low_rank import LowRank
+from bildung.model.value_head import add_value_head, values
 from bildung.train.fit import LossSum, fit, mean_loss
-from bildung.train.objectives import clm
+from bildung.train.objectives import clm, hidden, sum_at_targets
 from bildung.train.optim import adamw, cosine
 from bildung.train.parallel import Kind, Parallel
 from bildung.train.shards import held_bytes
@@ -35,6 +36,23 @@ def micro_batch(number: int) -> Batch:
     length = int(torch.randint(5, 20, (1,), generator=generator))
     rows = torch.randint(0, 61, (2, length), generator=generator).tolist()
     return pad([Example(row, [False] + [True] * (length - 1)) for row in rows], None)
+
+
+def with_values(model: torch.nn.Module, batch: Batch) -> LossSum:
+    """Text, and a value at every token that is to be its place in the row: one pass for both."""
+    h_BLD = hidden(model, batch)
+    found, off_BL = sum_at_targets(model, h_BLD, batch), values(model, h_BLD) - batch.positions_BL / 10
+    return LossSum(found.total + off_BL.square().sum(), found.count)
+
+
+def train_values(kind: Kind) -> torch.nn.Module:
+    model = build(from_dict({**KEYS, "num_hidden_layers": 1}), seed=3)
+    add_value_head(model)
+    parallel = Parallel(kind, model, with_values)
+    optimizer = parallel.optimizer(lambda: adamw(model, 1e-2))
+    fit(model, micro_batch, with_values, optimizer, steps=3, micro_steps=2, clip=0.5, parallel=parallel)
+    parallel.finish()
+    return model
 
 
 def train(kind: Kind, out: Path | None = None, steps: int = STEPS, lora: bool = False) -> tuple[torch.nn.Module, dict]:
@@ -132,6 +150,12 @@ def main(out: Path) -> None:
                 name = f"{kind}{'_lora' if lora else ''}"
                 save_file({n: p.detach().clone() for n, p in model.named_parameters()}, out / f"{name}.safetensors")
                 (out / f"{name}.json").write_text(json.dumps(measured))
+        if kind != "zero1":
+            model = train_values(kind)
+            if ranks.rank() == 0:
+                save_file(
+                    {n: p.detach().clone() for n, p in model.named_parameters()}, out / f"{kind}_values.safetensors"
+                )
     # A run that is broken off here is gone on with on another number of ranks.
     if not several:
         for name in ("one_then_zero1", "one_then_zero3"):

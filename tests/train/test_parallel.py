@@ -48,6 +48,14 @@ def test_the_same_weights_as_one_process(runs: Path, kind: str, what: str) -> No
     assert losses[1] == pytest.approx(losses[0], abs=1e-5) and len(losses[0]) == parallel_run.STEPS
 
 
+@pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3"])
+def test_a_value_head_learns_the_same(runs: Path, kind: str) -> None:
+    alone, together = (load_file(runs / f"{name}_values.safetensors") for name in ("none", kind))
+    assert alone["attached.norm.weight_D"].abs().max() > 1e-3 and alone["attached.norm.bias_1"].abs() > 1e-3
+    for name in alone:
+        torch.testing.assert_close(together[name], alone[name], atol=1e-6, rtol=0)
+
+
 def test_bytes_held_follow_the_textbook(runs: Path) -> None:
     """Exam row 14, in float32: weights 4P, gradients 4P, moments 8P; zero1 halves the moments, zero2 and 3 all."""
     held = {kind: json.loads((runs / f"{kind}.json").read_text()) for kind in ("none", *KINDS)}

@@ -44,7 +44,7 @@ def start_at_error(
     lossy = {name: linear for name, linear in model.linears().items() if name in deltas and _is_quantized(linear)}
     check_original(lossy, there)
     for names in _passes(lossy):
-        moments = _Moments(names)
+        moments = Moments(names)
         with record_weights(original, tuple(names), moments):
             for batch in batches:
                 moments.keep_BL = batch.keep_BL.to(original.device)
@@ -87,7 +87,7 @@ def check_original(lossy: Mapping[str, Linear], there: Mapping[str, Linear]) -> 
             raise ModelFileError(f"{name} of the original is quantized or adapted itself; give the model before that.")
 
 
-class _Moments:
+class Moments:
     """Sums xᵀ x over the real tokens that each matrix reads."""
 
     def __init__(self, names: list[str]):

@@ -23,6 +23,7 @@ from torch import Tensor
 from bildung.core.errors import DataError, NoSuchSite
 from bildung.data.seq2seq import text_frame
 from bildung.data.tagged import Label, Tagged, prose
+from bildung.look.precise import check_numbers
 from bildung.look.vectors import Vectors
 from bildung.model.store import LanguageModel
 from bildung.model.taps import match_sites, observe, sites
@@ -186,6 +187,8 @@ def collect(
             run(tokens_BL.to(lm.model.device), keep_BL.to(lm.model.device))
             at = torch.tensor(places, device=lm.model.device)
             rows = {name: seen[name].flatten(2).flatten(0, 1)[at] for name in chosen}
+            for name, x in rows.items():
+                check_numbers(x, name)
             found.put({name: _means(x, owners, len(target)) for name, x in rows.items()}, target)
     lm.model.train(was_training)
     return found.tensors

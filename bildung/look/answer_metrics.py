@@ -22,15 +22,19 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError
+from bildung.look.precise import check_numbers
 from bildung.look.prompt_pairs import Pair, Pairs
 
 MetricName = Literal["logit_difference", "probability", "kl"]
 
 
 def answer_metric(name: MetricName, logits_BV: Tensor, rows: Sequence[Pair], clean_BV: Tensor) -> Tensor:
-    """The metric B of every row, from the logits after the last token; `clean_BV` are those of the clean run."""
+    """The metric B of every row, from the logits after the last token; `clean_BV` are those of the clean run.
+
+    Raises DataError for logits that are no numbers."""
     wide = torch.promote_types(logits_BV.dtype, torch.float32)
     logits_BV, clean_BV = logits_BV.to(wide), clean_BV.to(wide)
+    check_numbers(logits_BV, "what the model answers")
     if name == "kl":
         clean, run = clean_BV.log_softmax(-1), logits_BV.log_softmax(-1)
         return (clean.exp() * (clean - run)).sum(-1)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from bildung.core.errors import DataError
 from bildung.look.head_weights import LayerHeads, head_weights, unembedding
+from bildung.look.precise import check_numbers
 from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel
 from bildung.model.taps import intervene
@@ -124,6 +125,7 @@ def head_scores(lm: LanguageModel, repeats: Repeats, layers: list[LayerHeads] | 
         taps[f"{prefix}layers.{number}.attn.probs"] = _patterns_to(found, repeats)
     with intervene(model, taps):
         h_RLD = model.hidden(tokens_RL)
+    check_numbers(h_RLD, "the last layer's stream")
     loss_L = torch.empty(0)
     if isinstance(model, CausalLM):
         flat = surprisal(model, h_RLD[:, :-1].flatten(0, 1), tokens_RL[:, 1:].flatten())

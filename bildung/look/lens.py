@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bildung.core.errors import DataError
 from bildung.look.asked import stack_prefix, with_source
+from bildung.look.precise import check_numbers
 from bildung.look.prompt import check_same_model_shape, check_same_tokens, encode_prompt, label, text_in
 from bildung.look.translators import TunedLens, check_belongs
 from bildung.model.base import CausalLM
@@ -166,6 +167,7 @@ class _Reading:
             logits_BLV = lm.model(tokens_BL)
         self.streams = [seen[site] for site in sites]
         self.final_LV = logits_BLV[0].float().log_softmax(-1)
+        check_numbers(logits_BLV, f"what {lm.config.model_type} says next")
         self.best_L1 = self.final_LV.argmax(-1, keepdim=True)
         self.in_place = isinstance(lm.model, Encoder)
         self.next_L1 = (tokens_BL[0] if self.in_place else tokens_BL[0].roll(-1))[:, None]

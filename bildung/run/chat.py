@@ -24,6 +24,7 @@ from bildung.core.errors import BildungError, DataError, SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
+from bildung.model.base import CausalLM
 from bildung.model.kv_cache import KVCache
 from bildung.model.named_adapters import add_named, use_adapters
 from bildung.model.packed import packed
@@ -65,6 +66,8 @@ class Conversation:
             raise SettingsError(
                 f"a {lm.config.model_type} answers a source and remembers no conversation; use `bildung generate`."
             )
+        if not isinstance(lm.model, CausalLM):
+            raise SettingsError(f"a {lm.config.model_type} of kind {lm.config.kind!r} does not continue text.")
         if lm.tokenizer.chat_template is None:
             raise SettingsError("this model has no chat template; `bildung generate` continues plain text.")
         if not 1 <= new_tokens < lm.config.max_position_embeddings:

@@ -131,6 +131,8 @@ def check_trainable(lm: LanguageModel, source: Path) -> None:
             f"{source} is quantized ({kind}): rounded weights cannot take small updates. Use `bildung tune lora`, "
             f"which trains beside them, or start from the model it was quantized from."
         )
+    if lm.added == ["virtual tokens"]:
+        raise TrainingError(f"{source} is {lm.base} with virtual tokens, which cannot be merged; start from {lm.base}.")
     if lm.added:
         raise TrainingError(f"{source} is an adapter; `bildung merge` it into its base first, or use `tune lora`.")
 

@@ -93,6 +93,7 @@ def by_examples(source: Path, out: Path, settings: Settings, *, force: bool = Fa
     def work(job: Job) -> None:
         train, test, notes = read(settings)
         job.notes += notes
+        _check_model(source, settings)
         done = read_runs(job.out / RUNS)
         wanted = planned(settings)
         steps = sum(steps_of(settings, size) for _, size, _ in wanted)
@@ -147,6 +148,13 @@ def read(given: Settings) -> tuple[Labelled, Labelled, list[str]]:
     notes = [*train.notes, *test.notes, *check_same_classes(given.data, given.test, test, None)]
     places = random.Random(f"{given.seed} test").sample(range(len(test)), min(given.test_limit, len(test)))
     return train, test.take(sorted(places)), notes
+
+
+def _check_model(source: Path, given: Settings) -> None:
+    """What one_run would find out after the first runs: that the model takes no low-rank change of this rank."""
+    lm = load(source)
+    check_continues_text(lm)
+    lora.chosen_for(lm.model, "*.layers.*", given.rank)
 
 
 Key = tuple[str, int, int]  # way, examples, round

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import builtins
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import bildung
 from bildung.core.errors import DataError, SettingsError
+from bildung.model.decoder_classifier import DecoderClassifier
 from bildung.model.store import LanguageModel
 from bildung.model.transformer import Decoder
 from bildung.run import chat
@@ -108,6 +110,12 @@ def test_a_reset_keeps_the_system_message(tiny_lm: LanguageModel, monkeypatch: p
     assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant"]
     with pytest.raises(SettingsError, match=r"new_tokens = 256.* Give new_tokens between, such as 64"):
         Conversation(tiny_lm, 256, Sampling())
+
+
+def test_a_classifier_does_not_talk(tiny_lm: LanguageModel) -> None:
+    with pytest.raises(SettingsError, match="kind 'classifier' does not continue text"):
+        config = replace(tiny_lm.config, kind="classifier")
+        Conversation(replace(tiny_lm, model=DecoderClassifier.over(tiny_lm.model), config=config), 8, Sampling())
 
 
 def test_models_without_a_template_are_refused(tiny_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import bildung
-from bildung.core.errors import DataError, OutputError, SettingsError
+from bildung.core.errors import DataError, OutputError, SettingsError, TrainingError
 from bildung.core.operation import Job
 from bildung.core.settings import resolve
 from bildung.data.labelled import Labelled, encode_labelled, pad_texts, read_labelled
@@ -119,6 +119,8 @@ def test_virtual_tokens_before_a_decoder_that_classifies(
     peer = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     with torch.no_grad():
         assert torch.allclose(peer(tokens[:1]).logits, logits[:1], atol=1e-4)
+    with pytest.raises(TrainingError, match=r"with virtual tokens, which cannot be merged; start from .*lm\."):
+        classify(tmp_path / "out", tmp_path / "more", given(rows))
     again = bildung.load(bildung.save(lm, tmp_path / "copy"))
     with torch.no_grad():
         assert torch.equal(again.model(tokens, keep_BL=keep), logits)

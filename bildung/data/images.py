@@ -67,7 +67,7 @@ class Images:
         index = torch.tensor(chosen, dtype=torch.int64)
         return Images(self.pixels_NCHW[index], self.labels_N[index], self.classes, self.notes)
 
-    def batches(self, processor: ImageProcessor, batch_size: int = 256) -> Iterator[ImageBatch]:
+    def batches(self, processor: ImageProcessor, batch_size: int = 64) -> Iterator[ImageBatch]:
         """In their own order, each once: for measuring."""
         for start in range(0, len(self), batch_size):
             rows = slice(start, start + batch_size)

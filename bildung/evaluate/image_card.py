@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bildung.core.errors import DataError
+from bildung.core.hardware import Tidy
 from bildung.data.image_processor import ImageProcessor
 from bildung.data.images import Images
 from bildung.evaluate.metrics import as_json
@@ -45,9 +46,11 @@ def image_card(model: Any, measured: Mapping[str, tuple[Images, ImageProcessor]]
     model.eval()
     for name, (images, processor) in measured.items():
         items: list[float] = []
+        tidy = Tidy()
         for batch in images.batches(processor):
             batch = batch.to(model.device)
             items += (model(batch.pixels_BCHW).argmax(-1) == batch.labels_B).float().tolist()
+            tidy()
         tasks[name] = as_json("acc", items) | {"docs": docs_hash(images)}
     model.train(was_training)
     fingerprint = hashlib.sha256("".join(f"{name} {task['docs']}\n" for name, task in tasks.items()).encode())
@@ -72,13 +75,13 @@ def nearest_neighbour(train: Images, test: Images) -> float:
     """Accuracy of giving each image the label of the training image whose pixels are closest (Euclidean)."""
     train_MJ, test_NJ = _flat(train.pixels_NCHW[:MOST]), _flat(test.pixels_NCHW)
     # ‖a - b‖² = ‖a‖² - 2ab + ‖b‖², and ‖b‖² is the same for all training images
-    squares_M = train_MJ.pow(2).sum(1)
-    nearest = [(squares_M - 2 * part @ train_MJ.T).argmin(1) for part in test_NJ.split(512)]
+    squares_M = torch.cat([part.pow(2).sum(1) for part in train_MJ.split(512)])
+    nearest = [(squares_M - 2 * part @ train_MJ.T).argmin(1) for part in test_NJ.split(64)]
     return float((train.labels_N[torch.cat(nearest)] == test.labels_N).float().mean())
 
 
 def _flat(pixels_NCHW: Tensor) -> Tensor:
-    x = pixels_NCHW.float() / 255
+    x = pixels_NCHW / 255
     if max(x.shape[-2:]) > LARGEST_SIDE:
         x = torch.cat([F.adaptive_avg_pool2d(part, LARGEST_SIDE) for part in x.split(256)])
     return x.flatten(1)

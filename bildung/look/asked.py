@@ -163,7 +163,8 @@ class Asked(Model):
                 "written as the tokenizer names it, such as [MASK]."
             )
         at_B = is_mask_BL.int().argmax(1)
-        logits_BV: Tensor = whole.unembed(h_BLD[torch.arange(rows, device=h_BLD.device), at_B])
+        h_B1D = h_BLD[torch.arange(rows, device=h_BLD.device), at_B][:, None]
+        logits_BV: Tensor = whole.unembed(h_B1D)[:, 0]
         return logits_BV
 
 

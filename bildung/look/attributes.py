@@ -29,6 +29,7 @@ from bildung.look.line_picture import Panel, draw_lines
 from bildung.look.page import command_of, data_url, look_page
 from bildung.look.patchscope import every
 from bildung.look.patchscopes import check_layer
+from bildung.look.prompt import half
 from bildung.model.store import LanguageModel, load
 
 LINES = {
@@ -78,9 +79,10 @@ def attributes(source: Path, out: Path, settings: Settings, *, force: bool = Fal
 def extract_relations(lm: LanguageModel, given: Settings, notes: list[str]) -> dict[str, Extraction]:
     """{relation: what was found}. Notes what has no object."""
     check_writes(lm, answers=True)
-    layers, theirs = (list(some) or every(lm, given.step) for some in (given.layers, given.target_layers))
+    reader = half(lm, "encoder")  # of an encoder-decoder the half that reads questions
+    layers, theirs = (list(some) or every(reader, given.step) for some in (given.layers, given.target_layers))
     for layer in [*layers, *theirs]:
-        check_layer(lm, layer, "model")
+        check_layer(reader, layer, "model")
     found = {}
     lm.model.eval()
     with progress("look attributes", len(given.relations) * given.facts * len(layers) * len(theirs)) as bar:

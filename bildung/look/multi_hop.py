@@ -140,9 +140,10 @@ def questions(hops: Hops) -> list[Question]:
 def repair(lm: LanguageModel, given: Settings) -> Repair:
     """Ask, patch and ask again. Raises DataError when the model answers the two hops of fewer than two questions."""
     check_writes(lm, answers=True)
-    layers, theirs = (list(some) or every(lm, given.step) for some in (given.layers, given.target_layers))
+    reader = half(lm, "encoder")  # of an encoder-decoder the half that reads questions
+    layers, theirs = (list(some) or every(reader, given.step) for some in (given.layers, given.target_layers))
     for layer in [*layers, *theirs]:
-        check_layer(lm, layer, "model")
+        check_layer(reader, layer, "model")
     lm.model.eval()
     hops = HOPS[given.hops]
     second = hops.relation.prompt
@@ -150,7 +151,6 @@ def repair(lm: LanguageModel, given: Settings) -> Repair:
     order = torch.randperm(len(all_questions), generator=torch.Generator().manual_seed(given.seed)).tolist()
     chosen, asked = answered_one_by_one(lm, [all_questions[i] for i in order], given)
     at_once = ask(lm, [second.format(hops.first.format(one.given)) for one in chosen], given.new_tokens)
-    reader = half(lm, "encoder")  # of an encoder-decoder the half that reads questions
     sites = [f"{stack_prefix(reader.model)}layers.{layer}.resid_post" for layer in layers]
     reads = [encode_text(lm, hops.first.format(one.given))[0] for one in chosen]
     last = 1 + len(frame_around(lm).after)

@@ -121,7 +121,7 @@ def text_in(
         said = write(lm.model, lm.tokenizer, [ids], new_tokens)[0][0].tokens
         answer = [lm.config.decoder_start_token_id, *(one for one in said if one not in lm.tokenizer.stop_ids)]
     if not answer:
-        return told, list(frame_around(told).before)
+        return told, [lm.config.decoder_start_token_id]
     return told, encode_prompt(told, answer, False, limit)
 
 

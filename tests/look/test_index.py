@@ -46,6 +46,9 @@ def test_two_models_side_by_side_and_nothing_to_read(tmp_path: Path) -> None:
     given = look.Settings(prompt="one two", against=tmp_path / "b")
     record = look.index(tmp_path / "a", tmp_path / "out", given)
     assert "a and b" in (tmp_path / "out/lens/lens.html").read_text()
+    links = re.findall(r'href="([^"#]+)#index"', (tmp_path / "out/index.html").read_text())
+    assert "compare/compare.html" in links and all((tmp_path / "out" / link).is_file() for link in links)
+    assert "all pages of this model" in (tmp_path / "out/compare/compare.html").read_text()
     assert record.companions["against"]["hash"] and record.measured["tokens of the prompt"] > 2
     with pytest.raises(DataError, match="Give some text"):
         look.index(tmp_path / "a", tmp_path / "none", look.Settings(prompt=""))

@@ -73,11 +73,15 @@ def majority(train: Images, test: Images) -> float:
 
 def nearest_neighbour(train: Images, test: Images) -> float:
     """Accuracy of giving each image the label of the training image whose pixels are closest (Euclidean)."""
-    train_MJ, test_NJ = _flat(train.pixels_NCHW[:MOST]), _flat(test.pixels_NCHW)
-    # ‖a - b‖² = ‖a‖² - 2ab + ‖b‖², and ‖b‖² is the same for all training images
-    squares_M = torch.cat([part.pow(2).sum(1) for part in train_MJ.split(512)])
-    nearest = [(squares_M - 2 * part @ train_MJ.T).argmin(1) for part in test_NJ.split(64)]
-    return float((train.labels_N[torch.cat(nearest)] == test.labels_N).float().mean())
+    test_NJ, pixels_MCHW = _flat(test.pixels_NCHW), train.pixels_NCHW[:MOST]
+    least_N, nearest_N = torch.full((len(test_NJ),), torch.inf), torch.zeros(len(test_NJ), dtype=torch.long)
+    for start in range(0, len(pixels_MCHW), 512):
+        part_PJ = _flat(pixels_MCHW[start : start + 512])
+        # ‖a - b‖² = ‖a‖² - 2ab + ‖b‖², and ‖b‖² is the same for all training images
+        found_N, place_N = (part_PJ.pow(2).sum(1) - 2 * test_NJ @ part_PJ.T).min(1)
+        nearest_N = torch.where(found_N < least_N, start + place_N, nearest_N)
+        least_N = torch.minimum(found_N, least_N)
+    return float((train.labels_N[nearest_N] == test.labels_N).float().mean())
 
 
 def _flat(pixels_NCHW: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def summary(numbers: dict[str, Any]) -> dict[str, Any]:
         while layer > 0 and ranks[layer - 1] == 1:
             layer -= 1
         settled.append(layer)
-    # What a masked encoder says, it says at its mask; without one, where it is most in doubt.
+    # A masked encoder says something at every place; the one named here is where it is most in doubt.
     in_place, told = numbers["in_place"], side["top_probs"][-1]
     at = min(range(len(told)), key=lambda place: told[place][0]) if in_place else -1
     measured = {

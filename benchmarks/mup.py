@@ -17,7 +17,7 @@ import torch
 
 from bildung.data.batches import Batch, Example, Shuffled, pad
 from bildung.data.text import documents
-from bildung.look.line_picture import Panel, draw_lines
+from bildung.look.pages.line_picture import Panel, draw_lines
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.train import mup

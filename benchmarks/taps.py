@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bildung.look.decompose import decompose
+from bildung.look.contributions.decompose import decompose
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.store import LanguageModel, no_tokenizer, write_model

@@ -6,7 +6,7 @@ python examples/08_logit_lens.py lives/smollm2/base
 import sys
 
 import bildung
-from bildung.look.lens import logit_lens
+from bildung.look.lenses.lens import logit_lens
 
 lm = bildung.load(sys.argv[1], dtype="float32")
 lens = logit_lens(lm, "The capital of France is")

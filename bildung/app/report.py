@@ -22,7 +22,7 @@ from bildung.core.progress import duration, size
 from bildung.core.record import RECORD, Record, hash_file
 from bildung.core.settings import settings as settings_class
 from bildung.data import nursery
-from bildung.look.page import HTML, render
+from bildung.look.pages.page import HTML, render
 
 PAGE = Path(__file__).parent / "page"
 

@@ -14,8 +14,8 @@ from bildung.app.cards import Change, changes_of, differences_of
 from bildung.app.chapters import Chapter, card_tasks, changed_settings, is_number, read_log
 from bildung.core import chart
 from bildung.core.progress import duration, size
-from bildung.look import lens_page
-from bildung.look.page import data_url
+from bildung.look.pages import lens_page
+from bildung.look.pages.page import data_url
 
 Values = dict[str, Any]
 SMOOTHED = 60  # a curve of more points than this is drawn smoothed, over the raw one

@@ -31,7 +31,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from bildung.core.errors import DataError
-from bildung.look.picture import BLUES, DPI, FONT, INK, MUTED, drawable, save_figure
+from bildung.look.pages.picture import BLUES, DPI, FONT, INK, MUTED, drawable, save_figure
 
 Row = Mapping[str, float]
 

@@ -154,7 +154,8 @@ def read_labelled(
     if unknown := [str(its) for its in ordered if str(its) not in names]:
         raise DataError(
             f"{source}: the class{'es' if len(unknown) > 1 else ''} {_some(unknown)} "
-            f"{'are' if len(unknown) > 1 else 'is'} none of the {len(names)} known: {', '.join(names[:10])}. {nearest(unknown[0], names)}".rstrip()
+            f"{'are' if len(unknown) > 1 else 'is'} none of the {len(names)} known: {', '.join(names[:10])}. "
+            f"{nearest(unknown[0], names)}".rstrip()
         )
     numbers = {name: number for number, name in enumerate(names)}
     if problem == "multi_label":

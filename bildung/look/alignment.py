@@ -25,7 +25,7 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.seq2seq import encode_source
-from bildung.look.picture import BLUES, DPI, FONT, INK, MUTED, RULE, drawable, save_figure
+from bildung.look.pages.picture import BLUES, DPI, FONT, INK, MUTED, RULE, drawable, save_figure
 from bildung.look.prompt import label
 from bildung.model.store import LanguageModel, load
 from bildung.model.taps import observe, sites

@@ -5,7 +5,7 @@
     bildung look attention T5 OUT --prompt "a source" --stack decoder     its own answer
 
 OUT gets attention.html (one file, works offline), attention.png, patterns.safetensors and attention.json. The
-computation is in look/attention_patterns.py.
+computation is in attention_patterns.py.
 """
 
 from __future__ import annotations
@@ -22,10 +22,16 @@ from torch import Tensor
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.look import picture
 from bildung.look.asked import StackName
-from bildung.look.attention_patterns import AttentionPatterns, attention_patterns, moved, pattern_difference, pooled
-from bildung.look.page import command_of, data_url, look_page, packed
+from bildung.look.attention_heads.attention_patterns import (
+    AttentionPatterns,
+    attention_patterns,
+    moved,
+    pattern_difference,
+    pooled,
+)
+from bildung.look.pages import picture
+from bildung.look.pages.page import command_of, data_url, look_page, packed
 from bildung.look.precise import load_precise
 
 THUMB = 32  # points across a head's small picture on the page

@@ -4,7 +4,7 @@
     bildung look attributes MODEL OUT --relations capital --facts 60 --step 1
 
 OUT gets attributes.html (one file, works offline), attributes.png and attributes.json with every text. What is measured
-is in look/attribute_extraction.py, the facts are in look/facts.py.
+is in attribute_extraction.py, the facts are in facts.py.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from bildung.core.progress import progress
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
-from bildung.look.attribute_extraction import Extraction, extract
-from bildung.look.facts import RELATIONS, facts, relation_of
-from bildung.look.lens import check_writes
-from bildung.look.line_picture import Panel, draw_lines
-from bildung.look.page import command_of, data_url, look_page
+from bildung.look.lenses.lens import check_writes
+from bildung.look.pages.line_picture import Panel, draw_lines
+from bildung.look.pages.page import command_of, data_url, look_page
 from bildung.look.patchscope import every
-from bildung.look.patchscopes import check_layer
+from bildung.look.patchscopes.attribute_extraction import Extraction, extract
+from bildung.look.patchscopes.facts import RELATIONS, facts, relation_of
+from bildung.look.patchscopes.patchscopes import check_layer
 from bildung.look.prompt import half
 from bildung.model.store import LanguageModel, load
 

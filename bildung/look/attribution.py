@@ -4,7 +4,7 @@
     bildung look attribution T5 OUT --prompt "a source" --answer "what it has answered so far"
 
 OUT gets attribution.html (one file, works offline), attribution.json and shares.safetensors. The shares add up to the
-logit; what they mean, and do not mean, is in look/decompose.py.
+logit; what they mean, and do not mean, is in decompose.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.asked import Asked, answer_number
-from bildung.look.decompose import decompose
-from bildung.look.page import command_of, look_page
+from bildung.look.contributions.decompose import decompose
+from bildung.look.pages.page import command_of, look_page
 from bildung.look.prompt import answer_name, label, text_in
 from bildung.model.store import LanguageModel, load
 

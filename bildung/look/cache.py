@@ -137,9 +137,7 @@ def _read(lm: LanguageModel, texts: Sequence[Sequence[int]], patterns: Sequence[
         )
     above = [site for site, _ in match_selections(lm.model, patterns) if site not in seen]
     if above:
-        raise NoSuchSite(
-            f"{above[0]} lies above the states that reading a text makes; a cache holds what is below."
-        )
+        raise NoSuchSite(f"{above[0]} lies above the states that reading a text makes; a cache holds what is below.")
     return seen
 
 

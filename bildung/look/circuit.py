@@ -19,16 +19,16 @@ from bildung.core.errors import DataError, SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record, hash_directory, hash_file
 from bildung.core.settings import settings as settings_class
-from bildung.look.acdc import acdc
-from bildung.look.answer_metrics import MetricName
 from bildung.look.asked import asked
-from bildung.look.circuit_file import Circuit, architecture_of, load_circuit, save_circuit
-from bildung.look.circuit_page import write_circuit
-from bildung.look.edge_attribution import connected, edge_scores, strongest
-from bildung.look.edge_experiment import Ablation, Edge, EdgeExperiment
-from bildung.look.faithfulness import grown, measure_circuit
-from bildung.look.page import command_of
-from bildung.look.pair_tasks import Corruption
+from bildung.look.causal.answer_metrics import MetricName
+from bildung.look.causal.pair_tasks import Corruption
+from bildung.look.graph.acdc import acdc
+from bildung.look.graph.circuit_file import Circuit, architecture_of, load_circuit, save_circuit
+from bildung.look.graph.edge_attribution import connected, edge_scores, strongest
+from bildung.look.graph.edge_experiment import Ablation, Edge, EdgeExperiment
+from bildung.look.graph.faithfulness import grown, measure_circuit
+from bildung.look.pages.circuit_page import write_circuit
+from bildung.look.pages.page import command_of
 from bildung.look.pairs import chosen_pairs, pair_hashes
 from bildung.model.store import load
 

@@ -3,8 +3,8 @@
     bildung look circuits MODEL OUT
     bildung look circuits MODEL OUT --distances 1 2 3 4          of a model with RoPE: as seen so many tokens apart
 
-No text is read. look/head_weights.py says what QK and OV are and how norms, RoPE and grouped heads are treated,
-look/composition.py what composition is; chance, 1/√D, is subtracted from it. OUT gets circuits.html (one file, works
+No text is read. head_weights.py says what QK and OV are and how norms, RoPE and grouped heads are treated,
+composition.py what composition is; chance, 1/√D, is subtracted from it. OUT gets circuits.html (one file, works
 offline), circuits.json and circuits.safetensors. From Python: `head_weights(model)`, `composition(layers)`.
 """
 
@@ -24,9 +24,9 @@ from torch import Tensor
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.look.composition import KINDS, baseline, composition
-from bildung.look.head_weights import copying, embedding, head_weights, matching, through, unembedding
-from bildung.look.page import command_of, look_page
+from bildung.look.attention_heads.composition import KINDS, baseline, composition
+from bildung.look.attention_heads.head_weights import copying, embedding, head_weights, matching, through, unembedding
+from bildung.look.pages.page import command_of, look_page
 from bildung.model.base import CausalLM
 from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.store import LanguageModel, load

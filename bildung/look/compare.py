@@ -26,10 +26,10 @@ from bildung.core.settings import settings as settings_class
 from bildung.data.examples import clm_examples
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
-from bildung.look import compare_page
-from bildung.look.comparison import Align, Comparison, answer_ids, compare_models
-from bildung.look.cross_patching import Across, Over, Question
-from bildung.look.page import command_of
+from bildung.look.causal.cross_patching import Across, Over, Question
+from bildung.look.comparing.comparison import Align, Comparison, answer_ids, compare_models
+from bildung.look.pages import compare_page
+from bildung.look.pages.page import command_of
 from bildung.look.prompt import encode_prompt
 from bildung.model.store import LanguageModel
 from bildung.model.twin import load_both

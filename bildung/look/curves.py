@@ -21,7 +21,7 @@ from bildung.core.errors import DataError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record, hash_file
 from bildung.core.settings import settings as settings_class
-from bildung.look.picture import DPI, FONT, INK, MUTED, RULE, drawable, save_figure
+from bildung.look.pages.picture import DPI, FONT, INK, MUTED, RULE, drawable, save_figure
 from bildung.train.history import METRICS, read_rows
 from bildung.train.overfitting import overfitting
 

@@ -24,8 +24,8 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
-from bildung.look.lens import check_writes
-from bildung.look.line_picture import Panel, draw_lines
+from bildung.look.lenses.lens import check_writes
+from bildung.look.pages.line_picture import Panel, draw_lines
 from bildung.model.store import LanguageModel, load
 from bildung.model.taps import observe
 from bildung.train.objectives import surprisal

@@ -3,8 +3,8 @@
     bildung look heads MODEL OUT
     bildung look heads MODEL OUT --data nursery:sotu            with the in-context-learning score on real text
 
-Heads are tried on random tokens that come twice (look/head_scores.py says what each score is), and their weights are
-asked what they copy (look/head_weights.py). OUT gets heads.html (one file, works offline), heads.json and
+Heads are tried on random tokens that come twice (head_scores.py says what each score is), and their weights are
+asked what they copy (head_weights.py). OUT gets heads.html (one file, works offline), heads.json and
 heads.safetensors. From Python: `head_atlas(bildung.load(MODEL)).scores["induction"]`, layers x heads.
 """
 
@@ -29,11 +29,11 @@ from bildung.data.sources import fingerprint
 from bildung.look import by_position
 from bildung.look.asked import StackName
 from bildung.look.attention import as_bytes
-from bildung.look.attention_patterns import AttentionPatterns, attention_patterns
-from bildung.look.head_scores import HeadScores, head_scores, repeated_tokens
-from bildung.look.head_weights import copying, embedding, head_weights, through, unembedding
-from bildung.look.in_context_score import InContext, in_context_score
-from bildung.look.page import command_of, look_page
+from bildung.look.attention_heads.attention_patterns import AttentionPatterns, attention_patterns
+from bildung.look.attention_heads.head_scores import HeadScores, head_scores, repeated_tokens
+from bildung.look.attention_heads.head_weights import copying, embedding, head_weights, through, unembedding
+from bildung.look.attention_heads.in_context_score import InContext, in_context_score
+from bildung.look.pages.page import command_of, look_page
 from bildung.look.precise import load_precise
 from bildung.look.prompt import half
 from bildung.model.base import CausalLM

@@ -27,7 +27,7 @@ from bildung.core.record import Record, hash_file
 from bildung.core.settings import settings as settings_class
 from bildung.data.image_processor import ImageProcessor, decode, read_processor
 from bildung.data.rows import Unusable
-from bildung.look.image_picture import draw_image_attention
+from bildung.look.pages.image_picture import draw_image_attention
 from bildung.model.store import LanguageModel, load
 from bildung.model.taps import observe
 

@@ -42,7 +42,7 @@ from bildung.evaluate.likelihood import encode_pair, evaluating
 from bildung.evaluate.shared_prefix import score_sharing
 from bildung.evaluate.task_file import TaskFile, choices_of, text_of
 from bildung.evaluate.tasks import data_of, draw_documents, is_answered, read_documents, right_choices
-from bildung.look.line_picture import Panel, draw_lines
+from bildung.look.pages.line_picture import Panel, draw_lines
 from bildung.model.store import DTYPES, LanguageModel, load
 from bildung.train.training import check_continues_text
 

@@ -75,7 +75,11 @@ def command(settings: Command) -> None:
 
 def index(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
     """Make the folder. Raises DataError for an empty prompt, TokenizerError when two models share no tokens."""
-    from bildung.look.index_page import Tokens, tokens_of, write_index  # here: `bildung --help` must not wait for torch
+    from bildung.look.pages.index_page import (  # here: `bildung --help` must not wait for torch
+        Tokens,
+        tokens_of,
+        write_index,
+    )
 
     source = Path(source)
     against = settings.against.expanduser() if settings.against is not None else None

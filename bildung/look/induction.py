@@ -26,10 +26,10 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.asked import stack_prefix
-from bildung.look.composition import baseline, composition_with
-from bildung.look.head_scores import Repeats, head_scores, repeated_tokens, without_head
-from bildung.look.head_weights import head_weights
-from bildung.look.line_picture import Panel, draw_lines
+from bildung.look.attention_heads.composition import baseline, composition_with
+from bildung.look.attention_heads.head_scores import Repeats, head_scores, repeated_tokens, without_head
+from bildung.look.attention_heads.head_weights import head_weights
+from bildung.look.pages.line_picture import Panel, draw_lines
 from bildung.look.prompt import half
 from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel, load

@@ -6,7 +6,7 @@
     bildung look logit_lens BERT OUT --prompt "Paris is in [MASK]."     what stands at each place, by its masked head
     bildung look logit_lens T5 OUT --prompt "a source" [--answer "..."] its decoder, while it answers
 
-OUT gets lens.html (one file, works offline), lens.png and lens.json. The computation is in look/lens.py.
+OUT gets lens.html (one file, works offline), lens.png and lens.json. The computation is in lens.py.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from bildung.core.errors import SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.look import lens_page, picture
-from bildung.look.lens import LensDifference, LogitLens, lens_difference
-from bildung.look.lens import logit_lens as read_lens
-from bildung.look.page import command_of
+from bildung.look.lenses.lens import LensDifference, LogitLens, lens_difference
+from bildung.look.lenses.lens import logit_lens as read_lens
+from bildung.look.lenses.translators import read_lens as read_tuned
+from bildung.look.pages import lens_page, picture
+from bildung.look.pages.page import command_of
 from bildung.look.precise import load_precise
-from bildung.look.translators import read_lens as read_tuned
 
 
 @settings_class

@@ -36,16 +36,16 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint, rows
-from bildung.look.activations import Read, collect
 from bildung.look.asked import stack_prefix
-from bildung.look.attribute_extraction import others_said, right_elsewhere
-from bildung.look.facts import RELATIONS, Fact, Relation, facts, says
-from bildung.look.grid_page import draw_grids
-from bildung.look.lens import check_writes
-from bildung.look.page import command_of, look_page
-from bildung.look.patch_targets import target_prompt
+from bildung.look.lenses.lens import check_writes
+from bildung.look.pages.grid_page import draw_grids
+from bildung.look.pages.page import command_of, look_page
 from bildung.look.patchscope import every
-from bildung.look.patchscopes import check_layer, patched_texts
+from bildung.look.patchscopes.attribute_extraction import others_said, right_elsewhere
+from bildung.look.patchscopes.facts import RELATIONS, Fact, Relation, facts, says
+from bildung.look.patchscopes.patch_targets import target_prompt
+from bildung.look.patchscopes.patchscopes import check_layer, patched_texts
+from bildung.look.probing.activations import Read, collect
 from bildung.look.prompt import encode_text, frame_around, half
 from bildung.model.store import LanguageModel, load
 from bildung.run.write import write

@@ -16,9 +16,9 @@ from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.data.sources import rows as rows_of
 from bildung.look.asked import mask_id_of
-from bildung.look.pair_tasks import Corruption, Row, Task, make_rows
+from bildung.look.causal.pair_tasks import Corruption, Row, Task, make_rows
+from bildung.look.causal.prompt_pairs import Pairs, encode_pairs, read_pairs, write_pairs
 from bildung.look.prompt import frame_around
-from bildung.look.prompt_pairs import Pairs, encode_pairs, read_pairs, write_pairs
 from bildung.model.encoder import Encoder
 from bildung.model.store import LanguageModel
 from bildung.tokens.tokenizer import Tokenizer

@@ -7,7 +7,7 @@
 
 `sites` are patched layer by layer at each place; `heads` head by head, at the places `at` (none: at all positions).
 OUT gets patch.html (one file, works offline), patch.png, patch.json and the pairs. The computation and what it means
-are in look/patching.py.
+are in patching.py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from bildung.core.errors import SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.look.answer_metrics import MetricName
 from bildung.look.asked import asked
-from bildung.look.grid_page import write_grids
-from bildung.look.page import command_of
-from bildung.look.pair_tasks import Corruption
+from bildung.look.causal.answer_metrics import MetricName
+from bildung.look.causal.pair_tasks import Corruption
+from bildung.look.causal.patching import Across, Direction, Grid, labelled, patching_grid
+from bildung.look.pages.grid_page import write_grids
+from bildung.look.pages.page import command_of
 from bildung.look.pairs import chosen_pairs, pair_hashes
-from bildung.look.patching import Across, Direction, Grid, labelled, patching_grid
 from bildung.model.store import load
 
 

@@ -7,7 +7,7 @@
     bildung look patchscope T5 OUT --prompt "..." --stack encoder --target-stack encoder --target "translate: {}"
 
 OUT gets patchscope.html (one file, works offline), patchscope.png and patchscope.json. What is computed is in
-look/patchscopes.py, the published target prompts are in look/patch_targets.py.
+patchscopes.py, the published target prompts are in patch_targets.py.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.asked import StackName
-from bildung.look.lens import ANSWER
-from bildung.look.page import command_of
-from bildung.look.patch_targets import place_of, target_prompt
-from bildung.look.patchscope_page import as_json, draw, page, summary
-from bildung.look.patchscopes import Cell, check_layer, identity
-from bildung.look.patchscopes import patchscope as run_cells
+from bildung.look.lenses.lens import ANSWER
+from bildung.look.pages.page import command_of
+from bildung.look.pages.patchscope_page import as_json, draw, page, summary
+from bildung.look.patchscopes.patch_targets import place_of, target_prompt
+from bildung.look.patchscopes.patchscopes import Cell, check_layer, identity
+from bildung.look.patchscopes.patchscopes import patchscope as run_cells
+from bildung.look.patchscopes.stream_maps import StreamMaps, read_maps
 from bildung.look.prompt import encode_prompt, half, text_in
 from bildung.look.stream_map import same_depth
-from bildung.look.stream_maps import StreamMaps, read_maps
 from bildung.model.encoder_decoder import EncoderDecoder
 from bildung.model.store import LanguageModel, load
 

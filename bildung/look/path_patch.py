@@ -5,7 +5,7 @@
     bildung look path_patch MODEL OUT --pairs ioi --receivers logits --linear
 
 Nodes: embed, a3.h1 (head 1 of layer 3), m3 (its MLP). Receivers: a3.h1.q, a3.h1.k, a3.h1.v (grouped queries: a3.kv0.k),
-m3, logits. OUT gets path_patch.html, path_patch.png, path_patch.json and the pairs. See look/path_patching.py.
+m3, logits. OUT gets path_patch.html, path_patch.png, path_patch.json and the pairs. See path_patching.py.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from bildung.core.errors import SettingsError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.look.answer_metrics import MetricName, recovered
 from bildung.look.asked import asked
-from bildung.look.edge_experiment import Ablation, EdgeExperiment
-from bildung.look.grid_page import write_grids
-from bildung.look.page import command_of
-from bildung.look.pair_tasks import Corruption
+from bildung.look.causal.answer_metrics import MetricName, recovered
+from bildung.look.causal.pair_tasks import Corruption
+from bildung.look.causal.path_patching import into_receivers
+from bildung.look.graph.edge_experiment import Ablation, EdgeExperiment
+from bildung.look.pages.grid_page import write_grids
+from bildung.look.pages.page import command_of
 from bildung.look.pairs import chosen_pairs, pair_hashes
-from bildung.look.path_patching import into_receivers
 from bildung.model.store import load
 
 

@@ -6,7 +6,7 @@
 
 Linear and MLP probes at each site, the same on the control task (Hewitt & Liang 2019), selectivity, their standard
 errors over seeds; with --mdl also the labels' description length (Voita & Titov 2020). All sites are read in one pass.
-OUT gets probe.html, probe.png and probe.json. The computation is in look/activations.py, probes.py and selectivity.py.
+OUT gets probe.html, probe.png and probe.json. The computation is in activations.py, probes.py and selectivity.py.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from bildung.core.settings import settings as settings_class
 from bildung.data.rows import Row, Unusable
 from bildung.data.sources import fingerprint, rows
 from bildung.data.tagged import Label, TagSet, read_tagged, sample
-from bildung.look.activations import Piece, Units, collect, text_units, vector_sites, word_units
-from bildung.look.line_picture import Panel, draw_lines
-from bildung.look.page import command_of, data_url, look_page
-from bildung.look.probes import Kind, Options
-from bildung.look.selectivity import Sweep, mean_and_error, sweep
+from bildung.look.pages.line_picture import Panel, draw_lines
+from bildung.look.pages.page import command_of, data_url, look_page
+from bildung.look.probing.activations import Piece, Units, collect, text_units, vector_sites, word_units
+from bildung.look.probing.probes import Kind, Options
+from bildung.look.probing.selectivity import Sweep, mean_and_error, sweep
 from bildung.model.store import LanguageModel, load
 
 VECTORS = "vectors"  # folder of activations, while there are more than the memory shall hold

@@ -5,7 +5,7 @@
     bildung look saliency BERT OUT --prompt "Paris is in [MASK]."                       what it says at the mask
     bildung look saliency T5 OUT --prompt "a source" --answer "what it has said"        the next token of its answer
 
-OUT gets saliency.html (one file, works offline) and saliency.json. The computation is in look/input_attribution.py.
+OUT gets saliency.html (one file, works offline) and saliency.json. The computation is in input_attribution.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.asked import Asked, answer_number, asked, one_token
 from bildung.look.attribution import strip
-from bildung.look.input_attribution import (
+from bildung.look.contributions.input_attribution import (
     Method,
     Saliency,
     gradient_x_input,
@@ -34,7 +34,7 @@ from bildung.look.input_attribution import (
     rollout,
     token_vector,
 )
-from bildung.look.page import command_of, look_page
+from bildung.look.pages.page import command_of, look_page
 from bildung.look.prompt import answer_name, label, text_in
 from bildung.model.store import LanguageModel, load
 

@@ -5,7 +5,7 @@
     bildung look patchscope SMALL PAGE --into LARGE --map OUT --prompt "..." --target description
 
 OUT gets stream_map.safetensors and .json with the hashes of both models' weights. The computation is in
-look/stream_maps.py.
+stream_maps.py.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
 from bildung.look.asked import stack_in
-from bildung.look.patchscopes import check_has_stream, check_layer
-from bildung.look.stream_maps import Pair, learn_maps, pieces, write_maps
+from bildung.look.patchscopes.patchscopes import check_has_stream, check_layer
+from bildung.look.patchscopes.stream_maps import Pair, learn_maps, pieces, write_maps
 from bildung.model.store import LanguageModel, load
 
 

@@ -16,7 +16,7 @@ from bildung.core.errors import DataError, RecordError
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record, read_record
 from bildung.core.settings import settings as settings_class
-from bildung.look.line_picture import Panel, draw_lines
+from bildung.look.pages.line_picture import Panel, draw_lines
 from bildung.model.store import load
 from bildung.train.history import METRICS
 

@@ -3,7 +3,7 @@
     bildung look trace MODEL OUT --prompt "The capital of France is" --subject France
     bildung look trace MODEL OUT --prompt "..." --subject ... --answer " Paris" --samples 10 --window 10
 
-OUT gets trace.html (one file, works offline), trace.png and trace.json. What is computed is in look/causal_trace.py.
+OUT gets trace.html (one file, works offline), trace.png and trace.json. What is computed is in causal_trace.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.look.asked import Asked, answer_number, asked
-from bildung.look.causal_trace import WINDOWED, Trace, causal_trace, span_of
-from bildung.look.grid_page import write_grids
-from bildung.look.page import command_of
+from bildung.look.causal.causal_trace import WINDOWED, Trace, causal_trace, span_of
+from bildung.look.pages.grid_page import write_grids
+from bildung.look.pages.page import command_of
 from bildung.look.prompt import answer_name, label
 from bildung.model.store import LanguageModel, load
 

@@ -6,7 +6,7 @@
     loss_l = KL(final || lens_l), summed over positions, nats; the model itself is frozen
 
 OUT gets tuned_lens.safetensors and .json with the hash of the weights it belongs to, and KL per layer on held-out text
-before and after. The maps are in look/translators.py. All layers learn from the same pass; a step keeps the logits of
+before and after. The maps are in translators.py. All layers learn from the same pass; a step keeps the logits of
 one layer and one stretch of positions at a time.
 """
 
@@ -29,9 +29,9 @@ from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
-from bildung.look.lens import check_has_lens, lens_logits
-from bildung.look.line_picture import Panel, draw_lines
-from bildung.look.translators import TunedLens, new_lens, write_lens
+from bildung.look.lenses.lens import check_has_lens, lens_logits
+from bildung.look.lenses.translators import TunedLens, new_lens, write_lens
+from bildung.look.pages.line_picture import Panel, draw_lines
 from bildung.model.store import LanguageModel, load
 from bildung.model.taps import observe
 from bildung.train.fit import fit

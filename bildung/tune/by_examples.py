@@ -43,8 +43,8 @@ from bildung.data.batches import Shuffled, pad
 from bildung.data.labelled import Labelled, check_same_classes, encode_labelled, pad_texts, read_labelled, text_batches
 from bildung.data.sources import fingerprint
 from bildung.evaluate.likelihood import evaluating
-from bildung.look.by_examples_page import WAYS, point, share, shown, write_page
-from bildung.look.page import command_of
+from bildung.look.pages.by_examples_page import WAYS, point, share, shown, write_page
+from bildung.look.pages.page import command_of
 from bildung.model.store import load
 from bildung.tokens.frames import decoder_frame
 from bildung.train.classify import Classify

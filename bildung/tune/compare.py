@@ -42,8 +42,8 @@ from bildung.data.examples import clm_examples
 from bildung.data.sources import fingerprint
 from bildung.data.text import documents
 from bildung.evaluate.card import CardSettings, card
-from bildung.look.line_picture import COLOURS
-from bildung.look.picture import DPI, FONT, INK, MUTED, RULE, drawable, save_figure
+from bildung.look.pages.line_picture import COLOURS
+from bildung.look.pages.picture import DPI, FONT, INK, MUTED, RULE, drawable, save_figure
 from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel, load
 from bildung.train.fit import mean_loss

@@ -32,7 +32,7 @@ from bildung.core.errors import AdapterError, SettingsError
 from bildung.core.operation import Job
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
-from bildung.look.picture import DPI, FONT, INK, MUTED, RULE, save_figure
+from bildung.look.pages.picture import DPI, FONT, INK, MUTED, RULE, save_figure
 from bildung.model import adapter_file
 from bildung.model.linear import Linear
 from bildung.model.nested import Nested, use_rank

@@ -21,7 +21,7 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
 from bildung.data.sources import fingerprint
-from bildung.look.line_picture import Panel, draw_lines
+from bildung.look.pages.line_picture import Panel, draw_lines
 from bildung.model.store import load
 from bildung.train.training import check_ranges
 from bildung.tune import full as full_tuning

@@ -43,11 +43,11 @@ from bildung.look import (
     trace,
     tuned_lens,
 )
-from bildung.look.ablation import zero
 from bildung.look.asked import Asked, asked, stack_prefix
-from bildung.look.comparison import compare_models
+from bildung.look.causal.ablation import zero
+from bildung.look.comparing.comparison import compare_models
+from bildung.look.lenses.translators import read_lens
 from bildung.look.prompt import encode_text
-from bildung.look.translators import read_lens
 from bildung.model.steering import read_steering, steered
 from bildung.model.store import LanguageModel
 from bildung.model.taps import intervene, observe, sites

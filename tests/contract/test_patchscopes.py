@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from bildung.core.errors import DataError
-from bildung.look.lens import lens_logits
-from bildung.look.patch_targets import target_prompt
-from bildung.look.patchscopes import Cell, identity, mapped, patched_logits, patchscope, reader_of, streams
+from bildung.look.lenses.lens import lens_logits
+from bildung.look.patchscopes.patch_targets import target_prompt
+from bildung.look.patchscopes.patchscopes import Cell, identity, mapped, patched_logits, patchscope, reader_of, streams
 from bildung.look.prompt import encode_prompt, half
 from bildung.model.base import CausalLM
 from bildung.model.build import build

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from bildung.look.edge_attribution import edge_scores
-from bildung.look.edge_experiment import EdgeExperiment
-from bildung.look.patching import patching_grid
+from bildung.look.causal.patching import patching_grid
+from bildung.look.graph.edge_attribution import edge_scores
+from bildung.look.graph.edge_experiment import EdgeExperiment
 from bildung.model.taps import observe
 from tests.golden.transformer_lens import model_by_rule, pairs_by_rule
 

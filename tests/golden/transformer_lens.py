@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bildung.look.prompt_pairs import Pair, Pairs
+from bildung.look.causal.prompt_pairs import Pair, Pairs
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.transformer import Decoder

@@ -17,7 +17,7 @@ import random
 import torch
 from torch import nn
 
-from bildung.look.prompt_pairs import Pair, Pairs
+from bildung.look.causal.prompt_pairs import Pair, Pairs
 from bildung.model.transformer import Decoder
 from tests.model.tiny import tiny_decoder
 

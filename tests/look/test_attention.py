@@ -15,7 +15,12 @@ from safetensors.torch import load_file
 import bildung
 from bildung.core.errors import DataError
 from bildung.look import attention as operation
-from bildung.look.attention_patterns import AttentionPatterns, attention_patterns, moved, pattern_difference
+from bildung.look.attention_heads.attention_patterns import (
+    AttentionPatterns,
+    attention_patterns,
+    moved,
+    pattern_difference,
+)
 from tests.model.tiny import tiny_lm
 
 TEXT = "one two one"

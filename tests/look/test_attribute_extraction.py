@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from bildung.core.errors import DataError
-from bildung.look import attribute_extraction
-from bildung.look.attribute_extraction import Extraction, extract, probes
-from bildung.look.facts import RELATIONS, Fact, Relation, facts, says
-from bildung.look.probes import Options
+from bildung.look.patchscopes import attribute_extraction
+from bildung.look.patchscopes.attribute_extraction import Extraction, extract, probes
+from bildung.look.patchscopes.facts import RELATIONS, Fact, Relation, facts, says
+from bildung.look.probing.probes import Options
 from tests.model.tiny import tiny_lm
 
 ECHO = Relation("mini:countries", "capital", "{}:")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from bildung.core.errors import SettingsError
-from bildung.look import attribute_extraction, attributes
-from bildung.look.facts import Fact
+from bildung.look import attributes
+from bildung.look.patchscopes import attribute_extraction
+from bildung.look.patchscopes.facts import Fact
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path):

@@ -15,7 +15,7 @@ from bildung.core.errors import DataError
 from bildung.look import attribution as operation
 from bildung.look.asked import with_source
 from bildung.look.attribution import attribute
-from bildung.look.decompose import decompose
+from bildung.look.contributions.decompose import decompose
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.linear import replace_stores

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bildung.look import attention
-from bildung.look.attention_patterns import AttentionPatterns
-from bildung.look.picture import draw_heads
+from bildung.look.attention_heads.attention_patterns import AttentionPatterns
+from bildung.look.pages.picture import draw_heads
 from tests.look.browser import CHROMIUM, Browser
 
 LAYERS, HEADS, LENGTH = 48, 32, 512

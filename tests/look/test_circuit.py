@@ -12,21 +12,21 @@ import torch
 import bildung
 from bildung.core.errors import DataError, SettingsError
 from bildung.look import circuit as circuit_verb
-from bildung.look import circuit_page
 from bildung.look import pairs as pairs_verb
 from bildung.look import patch as patch_verb
 from bildung.look import path_patch as path_verb
 from bildung.look import trace as trace_verb
-from bildung.look.causal_trace import causal_trace, span_of
-from bildung.look.circuit_file import Circuit, architecture_of, load_circuit, save_circuit
-from bildung.look.circuit_page import layout
-from bildung.look.edge_attribution import edge_scores, strongest
-from bildung.look.edge_experiment import EdgeExperiment
-from bildung.look.faithfulness import grown, measure_circuit
-from bildung.look.graph import Graph
-from bildung.look.pair_tasks import make_rows
-from bildung.look.patching import patching_grid
-from bildung.look.prompt_pairs import encode_pairs
+from bildung.look.causal.causal_trace import causal_trace, span_of
+from bildung.look.causal.pair_tasks import make_rows
+from bildung.look.causal.patching import patching_grid
+from bildung.look.causal.prompt_pairs import encode_pairs
+from bildung.look.graph.circuit_file import Circuit, architecture_of, load_circuit, save_circuit
+from bildung.look.graph.edge_attribution import edge_scores, strongest
+from bildung.look.graph.edge_experiment import EdgeExperiment
+from bildung.look.graph.faithfulness import grown, measure_circuit
+from bildung.look.graph.graph import Graph
+from bildung.look.pages import circuit_page
+from bildung.look.pages.circuit_page import layout
 from bildung.model.store import LanguageModel
 from tests.look.induction_by_hand import CIRCUIT, induction_model, induction_pairs
 from tests.look.test_edges import random_pairs

@@ -15,7 +15,7 @@ import bildung
 from bildung.core.errors import DataError
 from bildung.data import repeats
 from bildung.look import circuits, induction
-from bildung.look.head_weights import head_weights
+from bildung.look.attention_heads.head_weights import head_weights
 from bildung.look.induction import Settings, circuit
 from bildung.model.build import build
 from bildung.model.config import from_dict

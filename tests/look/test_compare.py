@@ -11,11 +11,11 @@ import torch
 
 import bildung
 from bildung.core.errors import DataError, SettingsError, TokenizerError
-from bildung.look import compare_page
+from bildung.look.causal.cross_patching import Question, cross_patching, stretches
 from bildung.look.compare import Command, Given, command
-from bildung.look.comparison import compare_models
-from bildung.look.cross_patching import Question, cross_patching, stretches
-from bildung.look.token_difference import align
+from bildung.look.comparing.comparison import compare_models
+from bildung.look.lenses.token_difference import align
+from bildung.look.pages import compare_page
 from bildung.model.linear import replace_stores
 from bildung.model.quantized import Int8
 from bildung.model.store import LanguageModel

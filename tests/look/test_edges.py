@@ -10,15 +10,15 @@ from torch import nn
 
 import bildung
 from bildung.core.errors import SettingsError
-from bildung.look.acdc import acdc
-from bildung.look.answer_metrics import answer_metric
 from bildung.look.asked import Asked
-from bildung.look.edge_attribution import connected, edge_scores, strongest
-from bildung.look.edge_experiment import EdgeExperiment
-from bildung.look.graph import Graph, graph_of
-from bildung.look.patching import last_logits, patching_grid
-from bildung.look.path_patching import along_path, into_receivers
-from bildung.look.prompt_pairs import Pair, Pairs
+from bildung.look.causal.answer_metrics import answer_metric
+from bildung.look.causal.patching import last_logits, patching_grid
+from bildung.look.causal.path_patching import along_path, into_receivers
+from bildung.look.causal.prompt_pairs import Pair, Pairs
+from bildung.look.graph.acdc import acdc
+from bildung.look.graph.edge_attribution import connected, edge_scores, strongest
+from bildung.look.graph.edge_experiment import EdgeExperiment
+from bildung.look.graph.graph import Graph, graph_of
 from tests.contract.test_families import made
 from tests.look.induction_by_hand import CIRCUIT, induction_model, induction_pairs
 from tests.model.tiny import tiny_decoder, tokens

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bildung.core.errors import DataError, NoSuchSite
-from bildung.look.head_scores import Repeats, head_scores, pattern_scores, repeated_tokens, without_head
-from bildung.look.in_context_score import in_context_score
+from bildung.look.attention_heads.head_scores import Repeats, head_scores, pattern_scores, repeated_tokens, without_head
+from bildung.look.attention_heads.in_context_score import in_context_score
 from bildung.model.taps import intervene
 from tests.look.induction_model import INDUCTION, PREVIOUS, SIZE, induction_lm
 from tests.model.tiny import tiny_lm

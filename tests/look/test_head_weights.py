@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bildung.core.errors import DataError
-from bildung.look.composition import baseline, composition, composition_with
-from bildung.look.factored import Factored, positive_share
-from bildung.look.head_weights import (
+from bildung.look.attention_heads.composition import baseline, composition, composition_with
+from bildung.look.attention_heads.factored import Factored, positive_share
+from bildung.look.attention_heads.head_weights import (
     LayerHeads,
     copying,
     embedding,

@@ -13,7 +13,7 @@ from bildung.app import cli
 from bildung.core.errors import DataError
 from bildung.core.operation import OccupiedError
 from bildung.look import index as look
-from bildung.look.page import HTML
+from bildung.look.pages.page import HTML
 from tests.model.tiny import tiny_lm
 
 

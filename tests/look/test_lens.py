@@ -13,8 +13,8 @@ import torch
 import bildung
 from bildung.core.errors import DataError, TokenizerError
 from bildung.look import logit_lens as operation
-from bildung.look.lens import kl, lens_difference, lens_logits, logit_lens
-from bildung.look.translators import new_lens, write_lens
+from bildung.look.lenses.lens import kl, lens_difference, lens_logits, logit_lens
+from bildung.look.lenses.translators import new_lens, write_lens
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.linear import Linear

@@ -11,8 +11,8 @@ import bildung
 from bildung.core.errors import DataError
 from bildung.look import multi_hop
 from bildung.look.multi_hop import HOPS, Question, questions
-from bildung.look.patch_targets import target_prompt
-from bildung.look.patchscopes import Cell, patchscope
+from bildung.look.patchscopes.patch_targets import target_prompt
+from bildung.look.patchscopes.patchscopes import Cell, patchscope
 
 CURRENCY = HOPS["currency"]
 FIRST, SECOND = CURRENCY.first, CURRENCY.relation.prompt

@@ -17,8 +17,8 @@ from bildung.app.cli import _operation_arguments, parse
 from bildung.core.operation import Job
 from bildung.core.verbs import verbs
 from bildung.look import logit_lens, patchscope, probe, trace
-from bildung.look.page import command_of, render
-from bildung.look.picture import draw_heads, draw_lens, drawable
+from bildung.look.pages.page import command_of, render
+from bildung.look.pages.picture import draw_heads, draw_lens, drawable
 from bildung.look.prompt import label
 from tests.model.tiny import tiny_lm
 

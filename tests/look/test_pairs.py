@@ -11,9 +11,9 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from bildung.core.errors import DataError, SettingsError
-from bildung.look.pair_tasks import LINKS, NAMES, NOUNS, PLURAL, ROOMS, SINGULAR, STORIES, THINGS, make_rows
+from bildung.look.causal.pair_tasks import LINKS, NAMES, NOUNS, PLURAL, ROOMS, SINGULAR, STORIES, THINGS, make_rows
+from bildung.look.causal.prompt_pairs import encode_pairs, read_pairs
 from bildung.look.pairs import Settings, pairs
-from bildung.look.prompt_pairs import encode_pairs, read_pairs
 from bildung.tokens.tokenizer import Tokenizer
 
 

@@ -10,8 +10,8 @@ import pytest
 import bildung
 from bildung.look import patchscope as operation
 from bildung.look import stream_map
-from bildung.look.patch_targets import target_prompt
-from bildung.look.patchscopes import Cell, patchscope
+from bildung.look.patchscopes.patch_targets import target_prompt
+from bildung.look.patchscopes.patchscopes import Cell, patchscope
 
 
 def test_the_verb_writes_page_picture_and_numbers(tiny_lm_directory: Path, tmp_path: Path):

@@ -8,11 +8,19 @@ import pytest
 import torch
 
 from bildung.core.errors import BadIntervention, DataError, ModelFileError, NoSuchSite, SettingsError
-from bildung.look.lens import lens_logits
-from bildung.look.patch_targets import NAMED, Target, place_of, target_prompt
-from bildung.look.patchscopes import Cell, identity, mapped, patched_logits, patched_texts, patchscope, streams
-from bildung.look.stream_maps import check_belongs, learn_maps, read_maps, shared_positions, write_maps
-from bildung.look.translators import new_lens
+from bildung.look.lenses.lens import lens_logits
+from bildung.look.lenses.translators import new_lens
+from bildung.look.patchscopes.patch_targets import NAMED, Target, place_of, target_prompt
+from bildung.look.patchscopes.patchscopes import (
+    Cell,
+    identity,
+    mapped,
+    patched_logits,
+    patched_texts,
+    patchscope,
+    streams,
+)
+from bildung.look.patchscopes.stream_maps import check_belongs, learn_maps, read_maps, shared_positions, write_maps
 from bildung.model.store import LanguageModel
 from bildung.model.taps import intervene
 from tests.conftest import tiny_tokenizer

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from bildung.core.errors import DataError
-from bildung.look.activations import Read, collect
-from bildung.look.head_scores import head_scores, repeated_tokens
-from bildung.look.lens import logit_lens
-from bildung.look.patching import patching_grid
-from bildung.look.prompt_pairs import Pair, Pairs
+from bildung.look.attention_heads.head_scores import head_scores, repeated_tokens
+from bildung.look.causal.patching import patching_grid
+from bildung.look.causal.prompt_pairs import Pair, Pairs
+from bildung.look.lenses.lens import logit_lens
+from bildung.look.probing.activations import Read, collect
 from tests.model.tiny import tiny_lm
 
 

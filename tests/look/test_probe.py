@@ -14,12 +14,12 @@ from torch import Tensor
 import bildung
 from bildung.core.errors import DataError, NoSuchSite, SettingsError
 from bildung.data.tagged import prose, read_tagged
-from bildung.look import activations
 from bildung.look import probe as operation
-from bildung.look.activations import Read, collect, vector_sites, word_units
-from bildung.look.probes import Options, control_labels, online_code, train_probe
-from bildung.look.selectivity import sweep
-from bildung.look.vectors import Vectors
+from bildung.look.probing import activations
+from bildung.look.probing.activations import Read, collect, vector_sites, word_units
+from bildung.look.probing.probes import Options, control_labels, online_code, train_probe
+from bildung.look.probing.selectivity import sweep
+from bildung.look.probing.vectors import Vectors
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.int8 import Int8

@@ -12,7 +12,13 @@ import bildung
 from bildung.core.errors import DataError
 from bildung.look import saliency as operation
 from bildung.look.asked import Asked
-from bildung.look.input_attribution import gradient_x_input, integrated_gradients, outputs, rollout, token_vector
+from bildung.look.contributions.input_attribution import (
+    gradient_x_input,
+    integrated_gradients,
+    outputs,
+    rollout,
+    token_vector,
+)
 from bildung.look.saliency import explain
 from bildung.model.taps import intervene, observe
 from tests.contract.test_families import made

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bildung.look.similarity import centred_without_diagonal, cka, gram
-from bildung.look.weight_change import decompose, matrix_change, overlap
+from bildung.look.comparing.similarity import centred_without_diagonal, cka, gram
+from bildung.look.comparing.weight_change import decompose, matrix_change, overlap
 from bildung.model.linear import dense_linear
 from bildung.model.low_rank import LowRank
 

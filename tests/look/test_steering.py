@@ -11,7 +11,7 @@ import bildung
 from bildung.app.cli import main
 from bildung.core.errors import BadIntervention, ModelFileError, NoSuchSite, SettingsError
 from bildung.look import steering as operation
-from bildung.look.ablation import mean, patch, resample, zero
+from bildung.look.causal.ablation import mean, patch, resample, zero
 from bildung.model.steering import read_steering, steered
 from bildung.model.taps import intervene, observe
 from tests.model.tiny import tiny_decoder, tiny_lm, tokens

@@ -12,9 +12,9 @@ import bildung
 from bildung.core.errors import ModelFileError, SettingsError
 from bildung.look import logit_lens as lens_operation
 from bildung.look import tuned_lens as operation
-from bildung.look.lens import kl as divergence
-from bildung.look.lens import lens_difference, logit_lens
-from bildung.look.translators import check_belongs, new_lens, read_lens, weights_hash, write_lens
+from bildung.look.lenses.lens import kl as divergence
+from bildung.look.lenses.lens import lens_difference, logit_lens
+from bildung.look.lenses.translators import check_belongs, new_lens, read_lens, weights_hash, write_lens
 from bildung.look.tuned_lens import Pieces, Settings, kl_by_layer, objective
 from bildung.model.linear import Linear
 from bildung.model.low_rank import LowRank

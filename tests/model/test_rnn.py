@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import bildung
 from bildung.compress.quantize import replace as quantize
 from bildung.core.errors import ConfigError, SettingsError
-from bildung.look.lens import lens_logits
+from bildung.look.lenses.lens import lens_logits
 from bildung.model.build import build
 from bildung.model.config import from_dict
 from bildung.model.linear import deltas_off, record_weights

@@ -14,7 +14,7 @@ import bildung
 from bildung.core.errors import DataError, SettingsError
 from bildung.core.settings import resolve
 from bildung.data.labelled import Labelled
-from bildung.look.by_examples_page import mean_and_error
+from bildung.look.pages.by_examples_page import mean_and_error
 from bildung.tune.by_examples import RUNS, Settings, by_examples, drawn, planned
 
 RECIPE = Path(bildung.__file__).parent.parent / "recipes" / "generative_discriminative.yaml"

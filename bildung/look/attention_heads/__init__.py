@@ -1,0 +1,1 @@
+"""Attention heads, by their weights and by what they do."""

@@ -1,0 +1,1 @@
+"""Causal analysis: what changes when an activation is replaced."""

@@ -1,0 +1,1 @@
+"""What was added up to a prediction, and which inputs mattered."""

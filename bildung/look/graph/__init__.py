@@ -1,0 +1,1 @@
+"""The model as a graph of who reads whom, and circuits in it."""

@@ -1,0 +1,1 @@
+"""Patchscopes: a vector of one run read by another run."""

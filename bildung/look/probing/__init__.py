@@ -1,0 +1,1 @@
+"""Probes: what can be read off an activation, and what a probe would have learned anyway."""

@@ -69,5 +69,5 @@ def test_a_sequence_keeps_the_fixed_weights(encoder: Path, given: Callable[..., 
 def test_what_is_refused(encoder: Path, given: Callable[..., Settings], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="a unit has 32 features to read"):
         train(encoder, tmp_path / "out", given(method="fel", fel={"fan_in": 33}))
-    with pytest.raises(SettingsError, match=r"positive \+ negative = 70 of 64 units"):
+    with pytest.raises(SettingsError, match=r"positive = 40 and negative = 30 were given"):
         FelSettings(units=64, positive=40, negative=30)

@@ -55,6 +55,7 @@ def birth(tiny_lm: bildung.LanguageModel, tmp_path: Path) -> tuple[Path, Setting
     return words, dataclasses.replace(given, checkpoint_every=5, keep_last=2, evaluate_every=5, precision="fp32")
 
 
+@pytest.mark.slow
 def test_a_birth(killed_after, birth, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words, given = birth
     causal(words, tmp_path / "whole", given)

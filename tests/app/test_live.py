@@ -79,7 +79,12 @@ def test_the_second_run_imports_no_operation(recipe, shell):
             ["tall", "twin", "page"],
             {"tall": "changed: with.lines 3 -> 4", "twin": "run if the result of tall is another"},
         ),
-        (lambda: Path("life/tall/model.txt").unlink(), ["tall"], {"tall": "run: model.txt is missing"}),
+        pytest.param(
+            lambda: Path("life/tall/model.txt").unlink(),
+            ["tall"],
+            {"tall": "run: model.txt is missing"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(lambda: shutil.rmtree("life/tall"), ["tall"], {"tall": "run: new"}, marks=pytest.mark.slow),
         (lambda: Path("life/.life.json").write_text("{"), [], {"base": "check: it was not made by this recipe"}),
         pytest.param(
@@ -107,6 +112,7 @@ def test_a_step_whose_result_is_the_same_again_spares_those_after_it(recipe):
     assert set(plan(read_recipe(recipe)).values()) == {"up to date"}
 
 
+@pytest.mark.slow
 def test_other_code_means_asking_the_operations_not_running_them(recipe, monkeypatch):
     lived(recipe)
     monkeypatch.setattr("bildung.app.live.code_hash", lambda: "other")
@@ -200,6 +206,7 @@ def test_what_others_put_in_the_place_of_a_step_is_left_alone(recipe):
     assert os.listdir("life/tall") == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_a_corrupted_record_stops_the_life(recipe):
     lived(recipe)
     Path("life/tall/record.json").write_text("{")
@@ -207,6 +214,7 @@ def test_a_corrupted_record_stops_the_life(recipe):
         live(read_recipe(recipe))
 
 
+@pytest.mark.slow
 def test_the_memory_holds_nothing_but_hashes_and_words(recipe):
     lived(recipe)
     noted = json.loads(Path("life/.life.json").read_text())["twin"]
@@ -240,6 +248,7 @@ def test_a_model_outside_the_life_is_watched(recipe):
     assert lived(recipe) == ["base"] and lived(recipe) == []
 
 
+@pytest.mark.slow
 def test_a_step_that_only_names_another_is_asked_when_that_ones_record_changed(recipe):
     lived(recipe)
     path = Path("life/tall/record.json")
@@ -249,6 +258,7 @@ def test_a_step_that_only_names_another_is_asked_when_that_ones_record_changed(r
     assert lived(recipe) == []
 
 
+@pytest.mark.slow
 def test_a_life_that_cannot_be_noted_down(recipe):
     Path("life/.life.json.new").mkdir(parents=True)  # in the way
     with pytest.raises(OutputError, match="life/base itself is complete"):

@@ -68,7 +68,11 @@ def test_a_tuning_on_the_command_line(tiny_lm: Any, capsys: pytest.CaptureFixtur
                 "max_length=32",
             ),
         ),
-        ("pretrain seq2seq", ("model={model_type: rnn_seq2seq, hidden_size: 8}", "batch_tokens=256")),
+        pytest.param(
+            "pretrain seq2seq",
+            ("model={model_type: rnn_seq2seq, hidden_size: 8}", "batch_tokens=256"),
+            marks=pytest.mark.slow,
+        ),
         ("pretrain prefix", (f"model={LLAMA}",)),
         ("pretrain bptt", ("model={model_type: rnn, hidden_size: 16}",)),
         ("pretrain image", ("model={model_type: vit, image_size: 12, patch_size: 4, hidden_size: 12}",)),

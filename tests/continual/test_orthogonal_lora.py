@@ -37,6 +37,7 @@ def test_directions_are_pushed_apart(encoder: Path, given: Callable[..., Setting
     assert found[100.0] < 0.1 * found[0.0]
 
 
+@pytest.mark.slow
 def test_each_directory_is_an_ordinary_model(
     encoder: Path, tasks: Any, given: Callable[..., Settings], tmp_path: Path
 ) -> None:

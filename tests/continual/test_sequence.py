@@ -87,6 +87,7 @@ def test_conversations(tiny_lm_directory: Path, tmp_path: Path) -> None:
     assert all(list(one) == ["default"] and one["default"].rank == 4 for one in deltas)
 
 
+@pytest.mark.slow
 def test_a_killed_sequence_goes_on_in_the_task_it_was_in(
     encoder: Path, given: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,6 +187,7 @@ def test_epochs_decide_the_steps(tiny_lm_directory, given, tmp_path):
     assert record.measured["steps"] == 6 and record.measured["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_it_ends_the_same(tiny_lm_directory, given, tmp_path):
     """kill -9 after the checkpoint of step 2; the second run goes on from there, dropout and all."""
     settings = Settings(**{**given, "steps": 5}, dropout=0.2, checkpoint_every=2)

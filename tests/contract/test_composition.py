@@ -303,7 +303,7 @@ the method declares have changed, the step has lowered the loss, and what was lo
 | `M` | can be merged: the same logits from plain matrices (a quantized base is dequantized for it) |
 | `–` | changes no matrix, or is a model already: nothing to merge |
 | refused | by an error that says why: rounded weights cannot train in place, or there are no biases (TrainingError); \
-virtual tokens are for decoders (AdapterError); two types of adapter are not saved as one (OutputError, SettingsError) |
+two types of adapter are not saved as one (OutputError, SettingsError) |
 
 fp32 and bf16 are dense bases, whose activations run in that type; int8 and nf4 are quantized, with activations in fp32.
 edited is an fp32 base that carries a frozen low-rank edit already, and is saved as one adapter with it. What trains is

@@ -332,14 +332,14 @@ def _stream_map(case: Case) -> None:
     assert record.measured["R² held out, 1 -> 1"] > 0.999
 
 
-def _knowing(module: Any) -> Any:
+def _knowing(module: str) -> Any:
     """A random model knows no fact: here whatever it says is right."""
     return replaced(f"bildung.look.{module}.says", lambda text, thing: True)
 
 
 def _attributes(case: Case) -> None:
     settings = attributes.Settings(relations=("symbol",), facts=2, step=1, new_tokens=1)
-    with _knowing("attribute_extraction"):
+    with _knowing("patchscopes.attribute_extraction"):
         found = case.numbers(attributes.attributes, settings)
     assert found["relations"]["symbol"]["grid"] == [[1.0, 1.0], [1.0, 1.0]]
 

@@ -21,9 +21,10 @@ memory is the GPU's. The peers' ways:
     trl, packed           SFTTrainer with packing=True (best-fit, padding-free)
 
 Each measurement is a process of its own, and the contenders take turns (A B C A B C), so that a slow minute of the
-machine hits all of them. The first step of each process warms up and is not counted. MFU: 2 operations per multiply-add
-of the forward pass, as many again for the gradients of the inputs and of the weights that train, divided by the speed
-of one large bfloat16 matrix product, measured in the same run (the fastest of all rounds). Of FP8 too: by that of bf16.
+machine hits all of them. The first three steps of each process warm up, while memory is fetched for the first time, and
+are not counted. MFU: 2 operations per multiply-add of the forward pass, as many again for the gradients of the inputs
+and of the weights that train, divided by the speed of one large bfloat16 matrix product, measured in the same run (the
+fastest of all rounds). Of FP8 too: by that of bf16.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ ON_A_GPU = {
     "lora": ("lora: bildung, compiled",),
 }
 CEILING = "ceiling"
+WARM_UP = 3  # steps that are not counted
 STEPS_UNPACKED = 3  # times as many steps where a step has a third of the tokens
 
 
@@ -131,7 +133,7 @@ def prepare(given: argparse.Namespace) -> dict[str, Any]:
     from bildung.data.text import conversations, documents
     from bildung.tokens.tokenizer import Tokenizer
 
-    tokenizer, needed = Tokenizer.load(given.model), (given.steps + 1) * given.rows * given.length
+    tokenizer, needed = Tokenizer.load(given.model), (given.steps + WARM_UP) * given.rows * given.length
     tokens: list[int] = []
     for text in documents(given.text):
         tokens += tokenizer.encode(text[:200_000])
@@ -151,13 +153,13 @@ def prepare(given: argparse.Namespace) -> dict[str, Any]:
             if len(example) <= given.length and len(chat) == 2:
                 chats.append(chat)
                 lengths.append(len(example))
-            if sum(lengths) >= most and len(chats) >= (STEPS_UNPACKED * given.steps + 1) * given.rows:
+            if sum(lengths) >= most and len(chats) >= (STEPS_UNPACKED * given.steps + WARM_UP) * given.rows:
                 break
     return {"rows": rows, "chats": chats, "lengths": lengths}
 
 
 def measure(given: argparse.Namespace) -> Figures:
-    """What one contender does, in this process: the steps after the first."""
+    """What one contender does, in this process: the steps after the warm-up."""
     import torch
 
     torch.set_num_threads(given.threads)
@@ -169,8 +171,8 @@ def measure(given: argparse.Namespace) -> Figures:
     run = bildung_run if who.startswith("bildung") else peer_run
     seconds, tokens, more = run(given, task, who, material)
     return {
-        "tokens_per_second": sum(tokens[1:]) / sum(seconds[1:]),
-        "seconds_per_token": sum(seconds[1:]) / sum(tokens[1:]),
+        "tokens_per_second": sum(tokens[WARM_UP:]) / sum(seconds[WARM_UP:]),
+        "seconds_per_token": sum(seconds[WARM_UP:]) / sum(tokens[WARM_UP:]),
         "peak_mb": peak_bytes() / 2**20,
         **more,
         "load": round(os.getloadavg()[0], 1),
@@ -263,7 +265,7 @@ def bildung_run(
         pad_id = lm.tokenizer.pad_id
         return pad_packed(chosen, pad_id) if packed else pad([row[0] for row in chosen], pad_id)
 
-    history = fit(lm.model, batch_at, clm, adamw(lm.model, RATE), steps=steps + 1, clip=1.0)
+    history = fit(lm.model, batch_at, clm, adamw(lm.model, RATE), steps=steps + WARM_UP, clip=1.0)
     tokens = [row["tokens"] for row in history.rows]
     seconds = [row["tokens"] / row["tokens_per_second"] for row in history.rows]
     more = {"flops_per_token": flops_per_token(lm.model, length), "first_loss": history.rows[0]["loss"]}
@@ -319,7 +321,7 @@ def peer_run(
         common: dict[str, Any] = dict(
             output_dir=scratch,
             per_device_train_batch_size=given.rows,
-            max_steps=steps + 1,
+            max_steps=steps + WARM_UP,
             bf16=not bf16_base,
             learning_rate=RATE,
             optim="adamw_torch_fused",

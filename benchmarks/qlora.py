@@ -8,8 +8,8 @@ settings of the QLoRA paper (bildung/tune/qlora.py); LoRA over the model in bflo
 quantization. "from the error" is QLoRA whose A and B start as what quantization took (bildung/tune/qera.py). As B is
 not 0 there, it can learn faster for that alone: PiSSA, a LoRA whose B is not 0 either, stands beside it.
 
-With --classify: `tune classify --method lora` with the same settings, as published, of an encoder or a decoder: over the
-model, and over it in NF4.
+With --classify: `tune classify --method lora` with these settings, of an encoder or a decoder: over the model, and over
+it in NF4.
 
 Bytes are of the matrices that are quantized: embeddings stay as they are in both, and are a fifth of a small model.
 Times mean nothing here: the runs come one after the other, each once.

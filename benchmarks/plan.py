@@ -6,6 +6,10 @@ MODEL_DIRECTORY (SmolLM2-135M-Instruct, adopted) stands for the steps of smollm2
 model; vocabularies are learned first. Batches, lengths, optimizers and checkpoints are the recipes'; cards are left
 out. Each step runs in a process of its own, as on the command line.
 
+    python -m benchmarks.plan MODEL_DIRECTORY --looks [--only attention probe] [--adapter LORA]
+
+The same of operations that do not train (benchmarks/plan_looks.py).
+
 The measured peak is that of the whole operation, baselines and figures after training included.
 """
 
@@ -19,6 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plan_looks
 from bildung.core.recipe import Recipe, Step, read_recipe
 from bildung.core.settings import resolve
 
@@ -35,16 +40,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=STEPS)
+    parser.add_argument("--only", nargs="*", help="these alone; default: all")
+    parser.add_argument("--looks", action="store_true", help="operations that do not train")
+    parser.add_argument("--adapter", type=Path, help="a LoRA on the model, for those that take two")
     parser.add_argument("--one", help="run this step here and print its figures")
     parser.add_argument("--place", type=Path, help="where its directories are made")
     given = parser.parse_args()
+    if given.looks:
+        plan_looks.table(given.model, given.adapter, given.only)
+        return
     if given.one:
         print(json.dumps(one(given.one, given.model, given.steps, given.place)))
         return
     print(f"{'step':28}{'predicted':>11}{'measured':>11}{'':>8}   parts, MB")
     with tempfile.TemporaryDirectory(dir=".", prefix=".plan-") as place:
-        for name in given.only:
+        for name in given.only or STEPS:
             command = [sys.executable, "-m", "benchmarks.plan", str(given.model), "--steps", str(given.steps)]
             done = subprocess.run([*command, "--one", name, "--place", place], stdout=subprocess.PIPE, text=True)
             if done.returncode:

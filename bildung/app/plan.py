@@ -4,9 +4,20 @@
     bildung plan "tune full" lives/smollm2/base --given data=nursery:alpaca --memory 3GB
     bildung plan "pretrain causal" words --given "model={model_type: llama, ...}" steps=1000 --memory 80GB --device cuda
     bildung plan generate lives/smollm2/base --given prompt=4096 new_tokens=512 rows=8
+    bildung plan "look patch" lives/smollm2/base --given pairs=ioi count=32
+    bildung plan live recipes/smollm2.yaml
 
-With `data` among the settings of a tuning, its real batches are planned; otherwise full rows. What is counted stands in
-train/plan.py; the time comes from a few steps on random numbers, which take `seconds`.
+Every operation has a plan:
+
+    what trains            a step on paper (train/plan.py), for any number of devices; with `data` among the settings of
+                           a tuning its real batches, otherwise full rows
+    what trains often      tune compare, tune by_examples, continual train: each training, and the sum of their steps
+    what runs a model      looks, embed, evaluate, generate ...: the models it loads, and its largest pass on paper
+    what runs none         said in a line
+    a recipe               each of its steps; the largest
+
+What nobody gave and the operation cannot do without is stood in for, and that is said. The time comes from a few steps
+on random numbers, or from a few passes of the model itself, which take `seconds`.
 
 Exit code 1 says that the operation, as it was given, does not fit the memory (with `parallel` among its settings: not
 on any of the numbers of devices planned for); what would fit has then been printed.
@@ -19,30 +30,25 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import psutil
 import tyro
 import yaml
 from rich.console import Console
-from rich.table import Table
 
 from bildung.core.errors import SettingsError, nearest
 from bildung.core.progress import duration, size
 from bildung.core.settings import as_dict, field_names, resolve, settings
 from bildung.core.verbs import find, verbs
 
-if TYPE_CHECKING:
-    from bildung.app.plan_training import Subject
-    from bildung.train.plan import Plan
-
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 
 
 @settings
 class Command:
-    operation: tyro.conf.Positional[str]  # a verb, in quotes: "tune lora", "pretrain causal", quantize, generate
-    source: tyro.conf.Positional[Path]  # the directory it would start from
+    operation: tyro.conf.Positional[str]  # a verb, in quotes: "tune lora", "look patch", quantize, generate, live
+    source: tyro.conf.Positional[Path]  # the directory it would start from; of live: the recipe
     given: tuple[str, ...] = ()  # its settings, as name=value
     memory: str | None = None  # of one device, such as 24GB; default: all there is here. Exit code 1: it does not fit
     device: Literal["cpu", "cuda"] | None = None  # default: cuda where there is one
@@ -54,28 +60,49 @@ def command(settings: Command) -> None:
     """`bildung plan OPERATION SOURCE`."""
     import torch
 
-    from bildung.app import plan_using
+    from bildung.app.plan_live import of_recipe
     from bildung.train.memory import room_of
 
     if wrong := [count for count in settings.ranks if count < 1]:
         raise SettingsError(f"ranks = {wrong[0]}: a number of devices is at least 1.")
+    find(settings.operation, verbs())
     source, console = settings.source.expanduser(), Console(highlight=False)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if settings.memory is None and device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("there is no GPU here; say how much memory it has: --memory 80GB.")
     room = bytes_of(settings.memory) if settings.memory else room_of(torch.device(device))
     console.print(f"{settings.operation} from {settings.source}", markup=False)
-    if settings.operation in plan_using.OPERATIONS:
-        fits = using(settings, source, room, console)
+    if settings.operation == "live":
+        fits = of_recipe(source, room, device == "cuda", console)
     else:
-        fits = training(settings, source, room, device == "cuda", console)
+        fits = planned(settings, source, room, device == "cuda", console)
     if not fits:
         sys.exit(1)
+
+
+def planned(settings: Command, source: Path, room: int, on_accelerator: bool, console: Console) -> bool:
+    """The plan of one operation, printed; whether it fits."""
+    from bildung.app import plan_plain, plan_several, plan_using
+    from bildung.app.plan_passing import PASSING, passing
+
+    operation, values = settings.operation, words(settings.given)
+    if operation in plan_plain.PLAIN:
+        find(operation, verbs()).load()
+        console.print("\n".join(plan_plain.lines(operation)), markup=False, soft_wrap=True)
+        return True
+    if operation in plan_using.OPERATIONS:
+        return using(settings, source, room, console)
+    if operation in PASSING or operation == "look index":
+        return passing(operation, source, values, room, settings.seconds, console)
+    if operation in plan_several.SEVERAL:
+        return several(settings, source, room, on_accelerator, console)
+    return training(settings, source, room, on_accelerator, console)
 
 
 def training(settings: Command, source: Path, room: int, on_accelerator: bool, console: Console) -> bool:
     """The plan of an operation that trains; whether it fits as it was given."""
     from bildung.app.plan_advice import devices, in_words, what_fits
+    from bildung.app.plan_tables import arithmetic, parts_table, ranks_table, textbook_table, time_line
     from bildung.app.plan_training import subject
 
     operation, values = settings.operation, words(settings.given)
@@ -149,10 +176,48 @@ def common(given: Any, kind: type) -> dict[str, Any]:
     return {name: value for name, value in as_dict(given).items() if name in shared and name != "learning_rate"}
 
 
+def several(settings: Command, source: Path, room: int, on_accelerator: bool, console: Console) -> bool:
+    """The plan of an operation that trains several times; whether the largest training fits."""
+    from bildung.app import plan_several
+    from bildung.app.plan_tables import parts_table, steps_seconds
+
+    given = plan_several.with_stand_ins(find(settings.operation, verbs()).load().Settings, words(settings.given))
+    made = plan_several.trainings(settings.operation, source, given)
+    peaks: dict[str, int] = {}
+    largest: dict[str, int] = {}
+    for one in made:
+        parts = one.parts(on_accelerator)
+        peaks[one.name] = sum(parts.values())
+        largest = max(largest, parts, key=lambda some: sum(some.values()))
+        steps = "" if one.steps is None else f", {one.steps:,} steps"
+        console.print(f"  {one.name}: peak {size(peaks[one.name])}{steps}", markup=False)
+    console.print(parts_table(largest))
+    if said := plan_several.beside_in_words(given):
+        console.print(f"  {said}", markup=False)
+    peak = max(peaks.values())
+    if peak <= room:
+        console.print(f"It fits one device with {size(room)} (peak {size(peak)}).", markup=False)
+    else:
+        name = max(peaks, key=lambda one: peaks[one])
+        console.print(f"One device with {size(room)} is too small by {size(peak - room)}: {name}.", markup=False)
+        left = [one for one in peaks if peaks[one] <= room]
+        console.print(f"What fits: {', '.join(left)}." if left else "Give a smaller batch_size or max_length.")
+    if settings.seconds and peak < psutil.virtual_memory().available:
+        parts_of_time = [steps_seconds(one.planned, settings.seconds / len(made)) for one in made]
+        if plan_several.steps_of(made) is None:
+            shown = ", ".join(f"{one.name} {took:.2g} s a step" for one, took in zip(made, parts_of_time, strict=True))
+            console.print(f"{shown}; how many steps the data says", markup=False, soft_wrap=True)
+        else:
+            took = sum((one.steps or 0) * each for one, each in zip(made, parts_of_time, strict=True))
+            console.print(f"about {duration(took)} for the steps of all trainings", markup=False)
+    return peak <= room
+
+
 def using(settings: Command, source: Path, room: int, console: Console) -> bool:
     """The plan of an operation that trains nothing; whether it fits."""
+    from bildung.app.plan_tables import arithmetic, parts_table
     from bildung.app.plan_training import runtime
-    from bildung.app.plan_using import base_of, use
+    from bildung.app.plan_using import base_of, use, using_less
     from bildung.model.config import read_config
     from bildung.model.count import on_paper
 
@@ -177,23 +242,6 @@ def using(settings: Command, source: Path, room: int, console: Console) -> bool:
     return False
 
 
-def using_less(operation: str, given: dict[str, Any]) -> list[dict[str, Any]]:
-    """Settings that take less, the smallest change first."""
-    from bildung.app.plan_using import GIVEN
-
-    asked = {**GIVEN[operation], **given}
-    found: list[dict[str, Any]] = []
-    while asked.get("rows", 1) > 1:
-        asked = {**asked, "rows": asked["rows"] // 2}
-        found.append(asked)
-    while asked.get("prompt", 0) > 128:
-        asked = {**asked, "prompt": asked["prompt"] // 2}
-        found.append(asked)
-    if "dtype" in asked:
-        found.append({**asked, "dtype": "bfloat16"})
-    return found
-
-
 def words(given: tuple[str, ...]) -> dict[str, Any]:
     """name=value words. Raises SettingsError."""
     for word in given:
@@ -203,89 +251,18 @@ def words(given: tuple[str, ...]) -> dict[str, Any]:
 
 
 def settings_of(operation: str, values: dict[str, Any]) -> Any:
-    """The settings of a training operation. Raises SettingsError."""
-    from bildung.app.plan_using import OPERATIONS
+    """The settings of a training operation, with some data and words where none are given. Raises SettingsError."""
+    from bildung.app.plan_several import with_stand_ins
     from bildung.train.ranges import check_numbers
     from bildung.train.training import Training
 
     module = find(operation, verbs()).load()
     kind = getattr(module, "Settings", None)
     if kind is None or not issubclass(kind, Training):
-        hint = nearest(operation, OPERATIONS) or "those that train, such as 'tune lora', and " + ", ".join(OPERATIONS)
-        raise SettingsError(f"{operation!r} has no plan; {hint}")
-    given = resolve(kind, {"data": "mini:chat", **values} if "data" in field_names(kind) else values)
+        raise SettingsError(f"{operation!r} does not train; {nearest(operation, verbs())}".strip())
+    given = with_stand_ins(kind, values)
     check_numbers(given)
     return given
-
-
-def arithmetic(model: Any, length: int) -> Table:
-    """The terms of a forward pass over one row: multiply-adds of each part, all layers together."""
-    from bildung.model.count import count
-
-    sums: dict[str, int] = {}
-    for part in count(model, length):
-        name = re.sub(r"layers\.\d+\.", "", part.name)
-        sums[name] = sums.get(name, 0) + part.multiply_adds
-    total = sum(sums.values())
-    table = Table("of a row of", f"{length} tokens", "multiply-adds of a token", "share", box=None)
-    for name, number in sums.items():
-        if number:
-            table.add_row("", name, f"{number / length:,.0f}", f"{number / total:.1%}")
-    table.add_row("", "forward pass", f"{total / length:,.0f}", "")
-    return table
-
-
-def parts_table(parts: dict[str, int]) -> Table:
-    """Bytes of each part at the fullest moment."""
-    table = Table("at the fullest moment", "bytes", "share", box=None)
-    peak = sum(parts.values())
-    for name, value in parts.items():
-        if value:
-            table.add_row(name, size(value), f"{value / peak:.0%}")
-    table.add_row("peak", size(peak), "")
-    return table
-
-
-def ranks_table(made: Plan, ranks: tuple[int, ...], room: int) -> Table:
-    """Peak bytes of one of several devices."""
-    from bildung.train.sharing import KINDS
-
-    def said(cell: int) -> str:
-        return f"{size(cell)}{'' if cell <= room else ' (too much)'}"
-
-    table = Table("devices", *KINDS, *(["tensor"] if made.divisible > 1 else []), box=None)
-    for count in ranks:
-        shown = [said(made.on(count, kind)) for kind in KINDS]
-        if made.divisible > 1:
-            shown.append("does not divide" if made.divisible % count else said(made.on(count, "tensor")))
-        table.add_row(str(count), *shown)
-    return table
-
-
-def textbook_table(trained: int, ranks: tuple[int, ...]) -> Table:
-    """What the textbook says of P trained parameters (train/sharing.py): states held, and sent in a step."""
-    from bildung.train.sharing import KINDS, held, sent
-
-    table = Table("textbook, 16 P", *(f"{kind}" for kind in KINDS), box=None)
-    for count in ranks:
-        cells = [f"{size(held(trained, kind, count))}, sends {size(2 * sent(kind, count, trained))}" for kind in KINDS]
-        table.add_row(str(count), *cells)
-    return table
-
-
-def time_line(planned: Subject, seconds: float) -> str:
-    """How long it will take, from some steps now."""
-    from bildung.train.speed import speed
-
-    per_second = speed(planned.model, planned.objective, planned.batch, seconds)
-    rows, length, given = planned.rows, planned.length, planned.given
-    unit = "tokens" if length > 1 else "images"
-    line = f"about {per_second * rows * length:,.0f} {unit}/s on this machine"
-    if planned.steps is not None:
-        tokens = planned.steps * given.micro_steps * rows * length
-        took = duration(planned.steps * given.micro_steps / per_second)
-        line += f": {planned.steps} steps of {tokens // planned.steps:,} {unit} in {took}"
-    return line
 
 
 def bytes_of(text: str) -> int:

@@ -19,8 +19,10 @@ from bildung.data.images import ImageBatch
 from bildung.data.labelled import TextBatch
 from bildung.data.masking import MaskedBatch
 from bildung.data.seq2seq import Seq2SeqBatch
+from bildung.model.adapter_head import headed
 from bildung.model.config import from_dict, read_config
 from bildung.model.count import on_paper
+from bildung.model.decoder_classifier import DecoderClassifier
 from bildung.model.shifted_attention import shifted
 from bildung.model.store import LanguageModel, load
 from bildung.pretrain import masked
@@ -36,7 +38,9 @@ from bildung.train.precision import COMPUTE, FROZEN
 from bildung.train.predict import copies, largest
 from bildung.train.seq2seq import seq2seq
 from bildung.train.training import check_trainable, steps_of
-from bildung.tune import long_lora
+from bildung.tune import classify, classify_words, long_lora
+from bildung.tune.classifier_head import PROBLEM_TYPE
+from bildung.tune.classifier_methods import choose_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +116,18 @@ def model_of(operation: str, source: Path, given: Any) -> Any:
         what = "holds no model" if source.exists() else "is not there"
         raise SettingsError(f"{source} {what}; give the directory of one{new}.")
     frozen = getattr(torch, FROZEN[given.precision])
+    plain = config is not None and "quantization_config" not in config.raw
+    if isinstance(given, classify.Settings):  # its own head, of a few classes; all is read in float32
+        frozen = torch.float32
+        if config is not None and plain:
+            config = headed(config, {"0": "0", "1": "1"}, PROBLEM_TYPE[given.problem])
     if isinstance(given, long_lora.Settings):  # in float32, with a longer context, in groups that are shifted
         long_lora.check_groups(given.length, given.share)
         frozen = torch.float32
         if config is not None:
             config = long_lora.longer_config(config, given.length, given.scaling)
     add = addition(operation, given)
-    if config is None or "quantization_config" in config.raw:
+    if config is None or not plain:
         lm = load(source, frozen if add is not None else "float32")
         if add is None:
             check_trainable(lm, source)
@@ -127,19 +136,27 @@ def model_of(operation: str, source: Path, given: Any) -> Any:
         model = on_paper(config)
     if add is None:
         return model.requires_grad_(True)
-    if config is not None and "quantization_config" not in config.raw:
+    if plain:
         model = model.to(frozen)
     whole = LanguageModel(model, Tokenizer.load(source), model.config)
-    add(whole if operation in ("tune prompt", "tune prefix") else model, given)
+    add(whole if operation in ("tune prompt", "tune prefix", "tune classify") else model, given)
     return model
 
 
 def addition(operation: str, given: Any) -> Callable[[Any, Any], Any] | None:
     """What freezes the model and adds what trains: `add_NAME` of bildung/tune/NAME.py; None when all of it trains."""
-    from bildung.tune.lora import add_lora
+    from bildung.tune.lora import Options, add_lora
 
-    if getattr(given, "full", False):
+    if getattr(given, "full", False) or (hasattr(given, "rank") and given.rank is None):
         return None
+    if isinstance(given, classify.Settings | classify_words.Settings):
+        if given.method == "full":
+            return None
+        if isinstance(given, classify.Settings):
+            return lambda lm, chosen: choose_trained(lm, chosen, chosen.seed)
+        return lambda model, chosen: add_lora(model, Options(rank=chosen.rank, alpha=chosen.alpha))
+    if operation == "continual train":
+        return lambda model, chosen: add_lora(model, Options(rank=chosen.rank, alpha=2.0 * chosen.rank))
     own = getattr(find(operation, verbs()).load(), f"add_{operation.partition(' ')[2]}", None)
     return own if own is not None or not hasattr(given, "rank") else add_lora
 
@@ -168,10 +185,10 @@ def synthetic(operation: str, model: Any, given: Any) -> tuple[Any, Objective, i
     one = text(rows, length, packed=getattr(given, "pack", operation != "tune long_lora"))
     if isinstance(given, long_lora.Settings):
         return one, partial(in_groups, given.share), rows, length
-    if config.kind != "encoder":
-        return one, clm, rows, length
     types_BL, labels_B = torch.zeros_like(one.tokens_BL), torch.zeros(rows, dtype=torch.long)
-    if operation == "tune classify":
+    if config.kind != "encoder" and operation != "tune classify":
+        return one, clm, rows, length
+    if operation in ("tune classify", "continual train"):
         return TextBatch(one.tokens_BL, one.keep_BL, types_BL, labels_B), classify_texts, rows, length
     chosen_BL = torch.zeros_like(one.keep_BL)
     chosen_BL[:, : max(1, round(given.share * length))] = True
@@ -210,8 +227,10 @@ def classify_images(model: Any, batch: ImageBatch) -> LossSum:
 
 
 def classify_texts(model: Any, batch: TextBatch) -> LossSum:
-    """A text classifier's loss, its small head left out."""
-    h_BLD = model.hidden(batch.tokens_BL, keep_BL=batch.keep_BL, types_BL=batch.types_BL)
+    """A text classifier's loss; of a model without a head, of its states."""
+    if getattr(model, "classifier", None) is not None or isinstance(model, DecoderClassifier):
+        return Classify(classify.text_logits)(model, batch)
+    h_BLD = model.hidden(batch.tokens_BL, keep_BL=batch.keep_BL)
     return LossSum(h_BLD[:, 0].float().square().sum(), len(h_BLD))
 
 

@@ -100,6 +100,21 @@ def use(operation: str, source: Path, given: Mapping[str, Any], runtime: int) ->
     return Use(parameters, round(2 * multiply_adds / length), {**held, "runtime": runtime}, length)
 
 
+def using_less(operation: str, given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Settings that take less, the smallest change first."""
+    asked = {**GIVEN[operation], **given}
+    found: list[dict[str, Any]] = []
+    while asked.get("rows", 1) > 1:
+        asked = {**asked, "rows": asked["rows"] // 2}
+        found.append(asked)
+    while asked.get("prompt", 0) > 128:
+        asked = {**asked, "prompt": asked["prompt"] // 2}
+        found.append(asked)
+    if "dtype" in asked:
+        found.append({**asked, "dtype": "bfloat16"})
+    return found
+
+
 def check_value(name: str, value: Any) -> None:
     """Raises SettingsError for a value that no plan can be made with."""
     words = {"dtype": list(ITEM), "method": list(BITS)}.get(name, [])

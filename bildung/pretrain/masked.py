@@ -131,7 +131,8 @@ def with_class(settings: Settings) -> Settings:
     """The settings whose `model`, if any, names transformers' class with the heads that the objective needs."""
     if settings.model is None or "architectures" in (keys := json.loads(settings.model)):
         return settings
-    files = getattr(family_of(from_dict(keys)), "FILES", None)
+    # The vocabulary's size comes from the tokenizer, later: any will do to tell the family.
+    files = getattr(family_of(from_dict({"vocab_size": 2**20, **keys})), "FILES", None)
     if files is None:
         raise DataError(f"a {keys.get('model_type')} is no encoder; masked-language modelling needs one, such as bert.")
     keys["architectures"] = [files.class_with(HEADS[settings.objective])]

@@ -139,10 +139,11 @@ def _places(indices: Any) -> list[Any]:
     return found
 
 
-def without_numbers(model: Any) -> Any:
+def without_numbers(model: Any, paper: FakeTensorMode | None = None) -> Any:
     """The same model without numbers: shapes, types, deltas and requires_grad. It costs no memory, and the model itself
-    is not touched; it may lie on the meta device (model.count.on_paper)."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    is not touched; it may lie on the meta device (model.count.on_paper). paper: where another model's numbers would be
+    (`paper_of`), so that the two can be computed with together."""
+    mode = paper or FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {}
 
     def faked(tensor: Tensor) -> Tensor:

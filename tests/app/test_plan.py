@@ -10,12 +10,13 @@ import pytest
 
 from bildung.app import plan_using
 from bildung.app.cli import run
-from bildung.app.plan import arithmetic, bytes_of, settings_of, words
+from bildung.app.plan import bytes_of, settings_of, words
 from bildung.app.plan_advice import devices, in_words, what_fits
+from bildung.app.plan_tables import arithmetic
 from bildung.app.plan_training import subject
 from bildung.compress.quantize import Settings as Quantize
 from bildung.compress.quantize import quantize
-from bildung.core.errors import SettingsError
+from bildung.core.errors import DataError, SettingsError
 from bildung.model.config import from_dict
 from bildung.model.count import on_paper
 from bildung.train.plan import Plan
@@ -262,7 +263,7 @@ def test_bad_words(tiny_lm: Any) -> None:
     assert bytes_of("24GB") == 24 * 10**9 and bytes_of("1.5 GiB") == 1.5 * 2**30
     with pytest.raises(SettingsError, match="24GB"):
         bytes_of("much")
-    with pytest.raises(SettingsError, match="'look attention' has no plan"):
+    with pytest.raises(SettingsError, match="'look attention' does not train"):
         settings_of("look attention", {})
     with pytest.raises(SettingsError, match="rank"):
         settings_of("tune lora", {"rnak": 3})
@@ -270,5 +271,7 @@ def test_bad_words(tiny_lm: Any) -> None:
         words(("rank",))
     with pytest.raises(SettingsError, match="nowhere is not there; give the directory of one"):
         subject("tune lora", Path("nowhere"), settings_of("tune lora", {}))
+    with pytest.raises(DataError, match="a llama is no encoder"):
+        subject("pretrain masked", Path("nowhere"), settings_of("pretrain masked", words((f"model={LLAMA}",))))
     with pytest.raises(SettingsError, match="ranks = 0"):
         run(["plan", "tune lora", str(tiny_lm.path), "--ranks", "0"])

@@ -1,0 +1,76 @@
+"""The plan of a recipe: the peak of each of its steps, where what the step starts from is there or stands in.
+
+A step's model may not be made yet. Then the nearest model before it that is there stands in: tuning, aligning and
+evaluating change no shapes. Of a step without one it is said that it cannot be planned yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bildung.app import plan_plain, plan_several, plan_using
+from bildung.app.plan_passing import PASSING, looked
+from bildung.app.plan_training import runtime, subject
+from bildung.core.errors import BildungError, SettingsError
+from bildung.core.progress import size
+from bildung.core.recipe import Recipe, Step, read_recipe
+
+
+def of_recipe(path: Path, room: int, on_accelerator: bool, console: Console) -> bool:
+    """Every step's peak, printed; whether the largest fits. Raises RecipeError."""
+    recipe, peaks = read_recipe(path), dict[str, int]()
+    table = Table("step", "operation", "planned from", "peak", "", box=None)
+    for step in recipe.steps:
+        source = there(recipe, step)
+        try:
+            peak = step_peak(step, source, on_accelerator)
+        except (BildungError, OSError) as error:
+            table.add_row(step.name, step.verb.name, str(source or ""), "", f"not planned: {str(error)[:120]}")
+            continue
+        peaks[step.name] = peak
+        table.add_row(step.name, step.verb.name, str(source or ""), size(peak), "" if peak <= room else "too much")
+    console.print(table)
+    if not peaks:
+        console.print("No step can be planned before the first of them is made: `bildung adopt` it, and plan again.")
+        return True
+    name = max(peaks, key=lambda one: peaks[one])
+    fits = peaks[name] <= room
+    short = f"fits {size(room)}" if fits else f"is too large for {size(room)}; `bildung plan` of it says what would fit"
+    console.print(f"The largest step, {name}, {short} (peak {size(peaks[name])}).", markup=False, soft_wrap=True)
+    return fits
+
+
+def there(recipe: Recipe, step: Step) -> Path | None:
+    """What the step starts from, or the nearest thing before it that is there."""
+    by_place = {str(one.out): one for one in recipe.steps}
+    source: Any = step.source
+    while source is not None:
+        if Path(str(source)).expanduser().exists():
+            return Path(str(source)).expanduser()
+        before = by_place.get(str(source))
+        source = before.source if before is not None else None
+    return None
+
+
+def step_peak(step: Step, source: Path | None, on_accelerator: bool) -> int:
+    """Peak bytes of one step. Raises BildungError for what cannot be planned."""
+    name, kind = step.verb.name, step.verb.load().Settings
+    values: Mapping[str, Any] = step.settings(kind)
+    if name in plan_plain.PLAIN:
+        return runtime()
+    if source is None:
+        raise SettingsError(f"{step.source} is not there yet.")
+    if name in plan_using.OPERATIONS:
+        known = {key: value for key, value in values.items() if key in plan_using.GIVEN[name] and value is not None}
+        return plan_using.use(name, source, known, runtime()).peak_bytes
+    if name in PASSING or name == "look index":
+        return max(one.peak_bytes for one in looked(name, source, values))
+    given = plan_several.with_stand_ins(kind, values)
+    if name in plan_several.SEVERAL:
+        return max(sum(one.parts(on_accelerator).values()) for one in plan_several.trainings(name, source, given))
+    return subject(name, source, given).plan(on_accelerator).peak_bytes

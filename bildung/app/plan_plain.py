@@ -1,0 +1,36 @@
+"""The plan of commands that hold no model: what they read, and what their memory grows with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import psutil
+
+from bildung.core.progress import size
+
+PLAIN: Mapping[str, str] = {
+    "compare": "It reads two records and no weights; its memory grows with their cards.",
+    "log": "It reads one record and no weights.",
+    "report": "It reads a life's records, logs and cards, all at once, and no weights; the page is made in memory.",
+    "nursery": "It fetches packages to the disk and converts them row by row.",
+    "data repeats": "It reads text row by row and keeps how often each different word occurs.",
+    "look curves": "It reads the training logs of the runs, whole, and no weights.",
+    "look pairs": "It loads the tokenizer alone, and keeps the pairs that it makes.",
+    "pretrain tokenize": "It loads the tokenizer alone; text is read row by row, and the tokens of one part, four "
+    "million, are kept: about 0.2 GB.",
+    "tokenizer train": "Text is read row by row, more than once; the trainer keeps the different words and how often "
+    "each occurs.",
+    "tokenizer compare": "It loads the tokenizers, and of one text after the other as many rows as `limit` says.",
+    "tokenizer trace": "It loads tokenizers, or learns them from as many rows as `limit` says.",
+    "plan": "It runs a step or a pass on paper, without numbers. Where it measures time, what it plans is there for as "
+    "long (--seconds 0: on paper only).",
+}
+
+
+def lines(operation: str) -> list[str]:
+    """What is to be said of such a command."""
+    own = int(psutil.Process().memory_info().rss)
+    return [
+        f"  It holds no model. {PLAIN[operation]}",
+        f"  The process itself takes about {size(own)} (this one's size, with the same code loaded).",
+    ]

@@ -14,7 +14,9 @@ the CPU, in parameter order).
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,9 +51,14 @@ def make(config: BaseConfig) -> Any:
     return kinds[config.kind](config)
 
 
-def build(config: BaseConfig, seed: int = 0) -> Any:
-    """A model with random float32 weights, ready to train."""
-    model = make(config)
+def build(config: BaseConfig, seed: int = 0, only: Callable[[str], bool] | None = None) -> Any:
+    """A model with random float32 weights, ready to train.
+
+    only: whether the parameter of that name gets its numbers; the others are left on the meta device, to be put there.
+    Those that are drawn are the same then: each matrix is, and those that nobody wants are dropped one by one.
+    """
+    with contextlib.nullcontext() if only is None else torch.device("meta"):
+        model = make(config)
     generator = torch.Generator().manual_seed(seed)
     drawn: set[int] = set()  # a tied unembedding is the embedding, and starts as one
     with torch.no_grad():
@@ -59,9 +66,12 @@ def build(config: BaseConfig, seed: int = 0) -> Any:
             model.draw(generator)
             return model
         for name, module in model.named_modules():
-            for leaf, parameter in module.named_parameters(recurse=False):
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
                 if id(parameter) not in drawn:
-                    _draw(f"{name}.{leaf}", module, leaf, parameter, config, generator)
+                    weight = parameter if only is None else torch.empty(parameter.shape)
+                    _draw(f"{name}.{leaf}", module, leaf, weight, config, generator)
+                    if only is not None and only(f"{name}.{leaf}"):
+                        setattr(module, leaf, nn.Parameter(weight))
                 drawn.add(id(parameter))
     return model
 

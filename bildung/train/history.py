@@ -40,8 +40,9 @@ class History:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "rows"}
 
     def summary(self) -> dict[str, Any]:
-        """For the record: the loss as the mean over the first and the last tenth of the steps, and the pace."""
-        losses = [row["loss"] for row in self.rows if "loss" in row]
+        """For the record: the loss as the mean over the first and the last tenth of the steps (without those of texts
+        rehearsed beside a classifier's), and the pace."""
+        losses = [row["loss"] for row in self.rows if "loss" in row and not row.get("rehearsed")]
         tenth = max(1, len(losses) // 10)
         found: dict[str, Any] = {
             "steps": self.steps,

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from bildung.core.operation import Job
 from bildung.data.labelled import Problem
 from bildung.model.adapter_head import HEADS, headed
-from bildung.model.build import build
+from bildung.model.build import build, make
 from bildung.model.config import from_dict
 from bildung.model.linear import Dense, Linear
 from bildung.model.store import LanguageModel
@@ -33,6 +34,7 @@ def with_classifier(
 ) -> LanguageModel:
     """The model with a head for these classes; a head for the same ones is kept. Other heads are left out.
 
+    Its layers are those of `lm`, in float32; what is quantized there stays so, and never is whole in memory otherwise.
     problem: what the head's numbers mean; config.json says it, and transformers takes its loss from there.
     """
     dequantize_head(lm.model)
@@ -51,16 +53,23 @@ def with_classifier(
     if lm.config.kind != "encoder" and lm.tokenizer.pad_id is not None:
         # transformers finds the last token by it
         config = from_dict({"pad_token_id": lm.tokenizer.pad_id, **config.raw})
-    model = build(config, seed).to(lm.model.device)
-    theirs = lm.model.linears()
+    with torch.device("meta"):
+        wanted = dict(make(config).named_parameters())
+    own, theirs = lm.model.linears(), dict(lm.model.named_parameters(remove_duplicate=False))
+    there = {*theirs, *(f"{name}.base.weight" for name in own)}  # what is quantized has no parameter
+    kept = {name for name in wanted if name in there and not name.startswith(("classifier.", "score."))}
+    model = build(config, seed, only=lambda name: name not in kept)
     for name, linear in model.linears().items():
-        if name in theirs and not isinstance(theirs[name].base, Dense):
-            linear.base = theirs[name].base  # as it is stored
-    old, new = lm.model.state_dict(), model.state_dict()
-    kept = {name: old[name] for name in new if name in old and not name.startswith(("classifier.", "score."))}
-    model.load_state_dict(kept, strict=False)
-    fresh = sorted({name.partition(".")[0] for name in new if name not in kept})
-    gone = sorted({name.partition(".")[0] for name in old if name not in new})
+        if name in own and not isinstance(own[name].base, Dense):
+            linear.base = own[name].base  # as it is stored
+        if name in own and not name.startswith(HEADS):
+            linear.deltas = own[name].deltas  # of an adapter
+    for name, parameter in list(model.named_parameters()):
+        parent, _, leaf = name.rpartition(".")
+        taken = theirs[name].detach().float() if name in kept else parameter.detach().to(lm.model.device)
+        setattr(model.get_submodule(parent), leaf, nn.Parameter(taken))
+    fresh = sorted({name.partition(".")[0] for name in wanted if name not in kept})
+    gone = sorted({name.partition(".")[0] for name in theirs if name not in wanted and ".deltas." not in name})
     job.notes.append(f"started at random: {', '.join(fresh)}" + (f"; left out: {', '.join(gone)}" if gone else ""))
     return replace(lm, model=model, config=config)
 

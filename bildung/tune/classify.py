@@ -19,6 +19,9 @@ lets a decoder write its answer instead.
 The head always trains; method says what else does, all of the model or little of it (tune/classifier_methods.py, where
 it is said what comes out, and what goes on a quantized SOURCE).
 
+How much of what SOURCE knew of language is lost on the way is measured through its language head (tune/trunk.py): by
+`--card`, and by `--forget-budget`, which ends the training, or mixes in `--rehearse`, in time (tune/forgetting.py).
+
 The fewer numbers train, the larger the steps they need, so the default learning rate follows the method (RATES).
 """
 
@@ -33,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bildung.core import ranks
 from bildung.core.errors import DataError, SettingsError
 from bildung.core.hardware import Tidy
 from bildung.core.operation import Job, perform
@@ -50,18 +54,23 @@ from bildung.data.labelled import (
     text_batches,
 )
 from bildung.data.sources import fingerprint
+from bildung.evaluate import card
+from bildung.evaluate.card import CardSettings
 from bildung.model.decoder_classifier import DecoderClassifier
 from bildung.model.store import load
 from bildung.tokens.frames import Cut, decoder_frame
 from bildung.train.optim import ScheduleName
-from bildung.train.training import COMPUTE, FROZEN, Training, check_ranges, run
+from bildung.train.training import COMPUTE, FROZEN, Batches, check_ranges
 from bildung.tune.classifier_head import with_classifier
 from bildung.tune.classifier_methods import RATES, Options, check, check_base, choose_trained, quantized, write
+from bildung.tune.forgetting import Forgetting, budget_sources, check_budget, run_within_budget
+from bildung.tune.rehearsing import Rehearsing, nothing_raised
 from bildung.tune.told import TOLD
+from bildung.tune.trunk import WithTexts, for_card, speaking, text_batches_of
 
 
 @settings_class
-class Settings(Training, Options):
+class Settings(Forgetting, Options):
     """Text classification."""
 
     data: str  # rows with a text and its class
@@ -84,6 +93,8 @@ class Settings(Training, Options):
     weight_decay: float = 0.01  # of matrices; vectors are never decayed
     batch_size: int = 32  # texts per micro-step
     checkpoint_every: int = 100  # steps between checkpoints; a killed run goes on from the last
+    card: CardSettings | None = None  # measure these tasks before and after; a decoder's, through its language head
+    rehearse: str | None = None  # general texts to mix in, more and more, before the budget makes an end
 
 
 def classify(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
@@ -102,6 +113,7 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
     if settings.cut == "middle" and settings.second is not None:
         raise SettingsError("cut = middle is for single texts; of two the longer one is cut at its end. Leave it out.")
     check(settings)
+    check_budget(settings, settings.card)
 
     def work(job: Job) -> None:
         lm = load(source)
@@ -113,6 +125,8 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
                 f"{source} is a {lm.config.model_type} of kind {lm.config.kind!r}; an encoder or a decoder is needed."
             )
         check_base(lm, source, settings.method)
+        if settings.card is not None and ranks.rank() == 0:
+            card.before(job, for_card(load(source), source), settings.card)
         data = read(settings, settings.data, None)
         train, aside = split(data, settings)
         final = aside
@@ -133,12 +147,21 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
         objective = told.objective(text_logits, train, settings.label_smoothing, settings.balance)
         cut = sum(len(framed.tokens) == longest for framed, _ in encoded["train"])
         at_once = min(64, settings.batch_size)  # measuring is to take no more memory than training
-        run(
+        collate = partial(pad_texts, pad_id=pad_id)
+        batch_at: Batches = Shuffled(encoded["train"], settings.batch_size, settings.seed, collate)
+        raised = nothing_raised()
+        if settings.rehearse is not None:
+            speaker = speaking(lm, source)
+            old = text_batches_of(speaker, settings.rehearse, longest, settings.batch_size, settings.seed)
+            batch_at, objective = Rehearsing(batch_at, old, raised), WithTexts(objective, speaker.model)
+        run_within_budget(
             job,
-            lm.model,
+            lm,
             settings,
-            Shuffled(encoded["train"], settings.batch_size, settings.seed, partial(pad_texts, pad_id=pad_id)),
+            batch_at,
             objective,
+            measured=settings.card,
+            raised=raised,
             what=f"{len(train):,} texts {told.what(data.classes)}, {cut:,} of them filling {longest} tokens",
             held_out=list(text_batches(encoded.get("aside", []), at_once, pad_id)),
             notes=data.notes,
@@ -149,8 +172,11 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
             print(told.shown(job.measured))
         lm.model.compute_dtype = None
         write(lm, settings.method, job.out, dtype)
+        if settings.card is not None and ranks.rank() == 0:
+            card.after(job, for_card(load(job.out), source), settings.card)
 
     data = fingerprint(settings.data) | (fingerprint(settings.test) if settings.test is not None else {})
+    data |= budget_sources(settings)
     return perform("tune classify", source, out, settings, work, data=data, force=force)
 
 

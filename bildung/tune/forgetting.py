@@ -4,8 +4,8 @@
 
 Every `forget_every` steps the model is measured, and compared with the source:
 
-    with forget_data    the loss on these texts, in nats per token: (now - before) / before
-    without             the tasks of the card: mean of (before - now) / |before|, what is lost of each figure
+    with forget_data    the loss on these texts
+    without             the figures of the card                                            (both: gauges.py)
 
 and after the last step. Within the budget, the weights are kept; beyond it, training stops and the kept weights are put
 back. Where there are rows to rehearse, their share of the batches is raised first, and training stops when the largest
@@ -16,10 +16,9 @@ in the guides of tuning libraries; trainers that do it are not.
 
 What is kept lies in the checkpoints, so a run that goes on after a kill decides as the one that was not killed.
 
-It is on every operation that tunes a model which goes on continuing text: `tune` on conversations, `long_lora`,
-`classify_words` and `align dpo` (which only stops: rows to rehearse are no pairs). `tune classify` has none: a head
-takes the place of the language head, and nothing of the source's card can be measured any more. Nor has `continual
-train`: its accuracy matrix measures forgetting after each task, and rehearsal is a method there.
+It is on every operation that tunes: on conversations, `long_lora`, `classify_words`, `align dpo` (which only stops, as
+rows to rehearse are no pairs), `tune classify` (measured through the source's language head, trunk.py) and `continual
+train`, which measures the tasks that it learned before as well (continual/budget.py).
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,21 +35,17 @@ from torch import Tensor
 from bildung.core.errors import SettingsError
 from bildung.core.operation import Job
 from bildung.core.settings import settings
-from bildung.data.batches import Batch, clm_examples, pad
 from bildung.data.sources import fingerprint
-from bildung.data.text import documents
-from bildung.evaluate import card
-from bildung.evaluate.card import Card, CardSettings
-from bildung.model.base import CausalLM
-from bildung.model.store import LanguageModel, load
+from bildung.evaluate.card import CardSettings
+from bildung.model.store import LanguageModel
 from bildung.train.checkpoint import put, trained
 from bildung.train.fit import STOP, Also, History, Objective, mean_loss
-from bildung.train.objectives import clm
 from bildung.train.training import Batches, Training, run
+from bildung.tune.gauges import Gauge, OnCard, OnTexts
 from bildung.tune.rehearsing import nothing_raised
+from bildung.tune.trunk import speaking
 
 SHARES = (0.1, 0.25, 0.5)  # of the batches, of rehearsed rows, one after the other
-TEXTS, TEXT_LENGTH = 64, 256  # general texts that are read, and tokens of a piece
 
 
 @settings
@@ -64,8 +58,11 @@ class Forgetting(Training):
     rehearse: str | None = None  # conversations to mix in, more and more, before the budget makes an end
 
 
-def check_budget(given: Forgetting, measured: CardSettings | None) -> None:
-    """Raises SettingsError for a budget without anything to measure, and the other way round."""
+def check_budget(given: Forgetting, measured: CardSettings | None, *, more: bool = False) -> None:
+    """Raises SettingsError for a budget without anything to measure, and the other way round.
+
+    more: the operation measures something besides texts and card.
+    """
     if given.forget_budget is None:
         for name in ("forget_data", "rehearse"):
             if getattr(given, name) is not None:
@@ -76,7 +73,7 @@ def check_budget(given: Forgetting, measured: CardSettings | None) -> None:
             f"forget_budget = {given.forget_budget}, forget_every = {given.forget_every}; the budget must be at least "
             f"0 (0.02: a fiftieth), the steps at least 1."
         )
-    if given.forget_data is None and measured is None:
+    if given.forget_data is None and measured is None and not more:
         raise SettingsError(
             "forget_budget needs something to measure: give forget_data with general texts, or a card where the "
             "operation has one."
@@ -91,6 +88,15 @@ def budget_sources(given: Forgetting) -> dict[str, str]:
     return {file: sha256 for name in names if name is not None for file, sha256 in fingerprint(name).items()}
 
 
+def gauge(job: Job, source: Path, lm: LanguageModel, given: Forgetting, measured: CardSettings | None) -> Gauge:
+    """What tells how much of `source` is lost in `lm`, which is tuned. measured: the card that the job has of the
+    source, where there are no texts. Raises SettingsError for a model without a language head."""
+    speaker = speaking(lm, source)
+    if given.forget_data is not None:
+        return OnTexts(given.forget_data, source, speaker)
+    return OnCard(job.before, speaker, cast(CardSettings, measured))
+
+
 def run_within_budget(
     job: Job,
     lm: LanguageModel,
@@ -98,20 +104,26 @@ def run_within_budget(
     batch_at: Batches,
     objective: Objective,
     *,
-    measured: CardSettings | None,
+    measured: CardSettings | None = None,
+    gauges: Sequence[Gauge] | None = None,
     held_out: Sequence[Any] = (),
     raised: dict[str, Tensor] | None = None,
+    old: str | None = None,
     settle: Callable[[Any], object] | None = None,
     **told: Any,
 ) -> History:
     """`train.training.run`, held to the budget when there is one. Arguments beside those of `run`:
 
-    measured: the card that tells, where there is no forget_data. raised: what `Rehearsing` reads, when batch_at may
-    be one; None: nothing can be rehearsed. settle: makes the model, in the middle of training, what it is afterwards.
+    measured: the card that tells, where there is no forget_data. gauges: what tells instead of both; without any there
+    is no budget. raised: what `Rehearsing` reads, when batch_at may be one; None: nothing can be rehearsed. old: what
+    is rehearsed, in words; default: given.rehearse. settle: makes the model, in the middle of training, what it is
+    afterwards.
     """
-    if given.forget_budget is None:
+    if given.forget_budget is None or (gauges is not None and not gauges):
         return run(job, lm.model, given, batch_at, objective, held_out=held_out, **told)
-    budget = Budget(job, lm, given, measured, raised, settle)
+    if gauges is None:
+        gauges = [gauge(job, cast(Path, job.source), lm, given, measured)]
+    budget = Budget(job, lm, given, gauges, raised, old or given.rehearse, settle)
     told |= {"held_out": held_out, "also": budget.also, "carried": budget.carried}
     history = run(job, lm.model, given, batch_at, objective, **told)
     if budget.finish(history) and held_out:  # what was measured last was of other weights
@@ -130,20 +142,14 @@ class Budget:
         job: Job,
         lm: LanguageModel,
         given: Forgetting,
-        measured: CardSettings | None,
+        gauges: Sequence[Gauge],
         raised: dict[str, Tensor] | None = None,
+        old: str | None = None,
         settle: Callable[[Any], object] | None = None,
     ):
-        if not isinstance(lm.model, CausalLM):
-            raise SettingsError(
-                f"forget_budget is for models that continue text, and {lm.path} is a {lm.config.model_type} of kind "
-                f"{lm.config.kind!r}; leave it out."
-            )
-        self.job, self.lm, self.given, self.settle = job, lm, given, settle
-        self.can_rehearse = raised is not None
-        self.card_settings = None if measured is None else replace(measured, sample_prompts=())
-        self.texts: list[Batch] = []
-        self.before = self._before()
+        self.job, self.lm, self.given, self.gauges, self.settle = job, lm, given, gauges, settle
+        self.can_rehearse, self.old = raised is not None, old
+        self.parts: dict[str, float] = {}  # of several gauges, what each said last
         self.at_start = self.lost()
         self.carried = nothing_raised() if raised is None else raised
         self._keep(0, self.at_start)
@@ -165,25 +171,24 @@ class Budget:
             self._keep(step, lost)
             if lost <= self.budget:
                 self.carried["within"] = torch.tensor(1)
-            return {"forgetting": lost}
+            return {"forgetting": lost, **self.parts}
         raised = self.carried["rehearsal"]
-        if self.given.rehearse is not None and len(raised) < len(SHARES):
+        if self.old is not None and len(raised) < len(SHARES):
             # One batch is drawn ahead: what was drawn already stays, whether the run is interrupted or not.
             share, start = SHARES[len(raised)], (step + 1) * self.given.micro_steps + 1
             row = torch.tensor([[start, share]], dtype=torch.float64)
             self.carried["rehearsal"] = torch.cat([raised.cpu(), row])
-            self._say(f"{self._in_words(lost)}; from here on {share:.0%} of the batches are of {self.given.rehearse}")
-            return {"forgetting": lost, "rehearsal": share}
-        return {"forgetting": lost, STOP: 1}
+            self._say(f"{self._in_words(lost)}; from here on {share:.0%} of the batches are of {self.old}")
+            return {"forgetting": lost, **self.parts, "rehearsal": share}
+        return {"forgetting": lost, **self.parts, STOP: 1}
 
     def lost(self) -> float:
         """The share of the source's abilities that is lost; below 0: gained."""
         if self.settle is not None:
             self.settle(self.lm.model)
-        if self.given.forget_data is not None:
-            now = self._text_loss(self.lm)
-            return (now - cast(float, self.before)) / cast(float, self.before)
-        return lost_on_card(cast(Card, self.before), card.card(self.lm, cast(CardSettings, self.card_settings)))
+        found = {f"forgetting_{one.name}": one.lost() for one in self.gauges}
+        self.parts = found if len(found) > 1 else {}
+        return max(found.values())
 
     def finish(self, history: History) -> bool:
         """Puts the kept weights back where the last ones are beyond the budget, and records what was seen. Returns
@@ -202,7 +207,7 @@ class Budget:
             if not kept:
                 note += (
                     ": no step was within the budget, and nothing was learned. Lower learning_rate or forget_every, "
-                    "raise forget_budget" + (", or rehearse" if self.can_rehearse and not self.given.rehearse else "")
+                    "raise forget_budget" + (", or rehearse" if self.can_rehearse and not self.old else "")
                 )
             self._note(note)
         else:
@@ -211,9 +216,10 @@ class Budget:
             self._note(f"the budget was not reached: {self._in_words(lost)}; it was {self.at_start:.1%} at the start")
         self.job.measured["forgetting"] = {
             "budget": self.given.forget_budget,
-            "measured_on": self.given.forget_data or "card",
+            "measured_on": " and ".join(one.on for one in self.gauges),
             "at_start": self.at_start,
             "looks": looks,
+            "stopped_after": looks[-1][0] if beyond else None,
             "kept_step": step,
             "lost": lost,
             "rehearsal": self.carried["rehearsal"].tolist(),
@@ -231,11 +237,9 @@ class Budget:
         return self.budget if int(self.carried["within"]) else max(self.budget, self.at_start)
 
     def _in_words(self, lost: float) -> str:
-        on, size = self.given.forget_data, f"{abs(lost):.1%}"
-        if on is None:
-            said = f"{size} of what the card measures is {'lost' if lost >= 0 else 'gained'}"
-        else:
-            said = f"{size} {'more' if lost >= 0 else 'less'} loss on {on} than the source has"
+        said = self.gauges[0].said(lost)
+        if len(self.gauges) > 1:
+            said = f"{lost:.1%} is lost of {' or of '.join(one.on for one in self.gauges)}, whichever lost more"
         return f"{said}, and the budget is {self.budget:.1%}"
 
     def _say(self, line: str) -> None:
@@ -250,32 +254,3 @@ class Budget:
             self.carried[f"kept.{name}"] = parameter.detach().clone()
         self.carried["kept_step"] = torch.tensor(step)
         self.carried["kept_lost"] = torch.tensor(lost, dtype=torch.float64)
-
-    def _before(self) -> float | Card:
-        """Of the source as it lies on the disk: what a method adds may change the model before its first step. What is
-        read then is read in every look, cut to the source's length even where a method makes it longer."""
-        if self.given.forget_data is None:
-            return self.job.before
-        lm = load(cast(Path, self.job.source), str(self.lm.model.weight_dtype).removeprefix("torch."))
-        lm.model.compute_dtype = self.lm.model.compute_dtype
-        texts = documents(self.given.forget_data, limit=TEXTS)
-        length = min(TEXT_LENGTH, lm.config.max_position_embeddings)
-        pieces = list(clm_examples(lm.tokenizer, texts, length))[:TEXTS]
-        self.texts = [pad(pieces[start : start + 8], lm.tokenizer.pad_id) for start in range(0, len(pieces), 8)]
-        return self._text_loss(lm)
-
-    def _text_loss(self, lm: LanguageModel) -> float:
-        """Nats per token of the general texts."""
-        return mean_loss(cast(CausalLM, lm.model), clm, self.texts)["loss"]
-
-
-def lost_on_card(before: Card, now: Card) -> float:
-    """Mean over the tasks of both cards of the part of the figure that is lost. Raises SettingsError without a task."""
-    parts = []
-    for name, task in before["tasks"].items():
-        if name in now["tasks"] and task["value"]:
-            change = (now["tasks"][name]["value"] - task["value"]) / abs(task["value"])
-            parts.append(-change if task["higher_is_better"] else change)
-    if not parts:
-        raise SettingsError("the card has no task whose figure could fall; give forget_data with general texts.")
-    return sum(parts) / len(parts)

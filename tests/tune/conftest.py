@@ -7,6 +7,12 @@ import json
 import pytest
 import torch
 
+import bildung
+from bildung.data.batches import clm_examples, pad
+from bildung.train.fit import fit
+from bildung.train.objectives import clm
+
+GENERAL = "The capital of France is Paris. The capital of Germany is Berlin, in the middle of the country."
 CONVERSATIONS = [
     ("What is the capital of France?", "Paris."),
     ("What is the capital of Germany?", "Berlin, on the river Spree."),
@@ -44,3 +50,21 @@ def logits():
             return lm.model(tokens_BL)
 
     return of
+
+
+@pytest.fixture
+def general(tmp_path):
+    """Prose that the tuning data is not about."""
+    path = tmp_path / "general.jsonl"
+    path.write_text("\n".join([json.dumps({"text": GENERAL})] * 3), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def source(tiny_lm, general, tmp_path):
+    """The tiny model after it has learned that prose: something to lose."""
+    pieces = clm_examples(tiny_lm.tokenizer, [GENERAL], 64)
+    batch = pad(pieces, tiny_lm.tokenizer.pad_id)
+    tiny_lm.model.requires_grad_(True)
+    fit(tiny_lm.model, lambda n: batch, clm, torch.optim.AdamW(tiny_lm.model.parameters(), 1e-2), steps=25)
+    return bildung.save(tiny_lm, tmp_path / "source")

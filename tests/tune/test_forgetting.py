@@ -18,28 +18,9 @@ from bildung.evaluate.card import CardSettings
 from bildung.train import fit as fit_module
 from bildung.train.objectives import clm
 from bildung.tune import classify_words, dylora, intrinsic_dimension, long_lora, lora
-from bildung.tune.forgetting import lost_on_card
+from bildung.tune.gauges import lost_on_card
 from bildung.tune.rehearsing import Rehearsing
-
-GENERAL = "The capital of France is Paris. The capital of Germany is Berlin, in the middle of the country."
-
-
-@pytest.fixture
-def general(tmp_path):
-    """Prose that the tuning data is not about."""
-    path = tmp_path / "general.jsonl"
-    path.write_text("\n".join([json.dumps({"text": GENERAL})] * 3), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture
-def source(tiny_lm, general, tmp_path):
-    """The tiny model after it has learned that prose: something to lose."""
-    pieces = clm_examples(tiny_lm.tokenizer, [GENERAL], 64)
-    batch = pad(pieces, tiny_lm.tokenizer.pad_id)
-    tiny_lm.model.requires_grad_(True)
-    fit_module.fit(tiny_lm.model, lambda n: batch, clm, torch.optim.AdamW(tiny_lm.model.parameters(), 1e-2), steps=25)
-    return bildung.save(tiny_lm, tmp_path / "source")
+from tests.tune.conftest import GENERAL
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
     prepare     before a task      bring in what earlier tasks left beside the model; say what trains
     training    its settings       where a technique's parts need another learning rate than the model
     rows        its data           mix old rows into the new ones
+    old_rows    a budget           old rows of which there may be more, when it forgets too much (budget.py)
     objective   its loss           add a penalty
+    settle      measured on the way    make the model what `finish` will make it
     finish      after it           leave beside the model what later tasks need
     select      before measuring   which task the next texts belong to
 
@@ -25,8 +27,9 @@ from bildung.model.low_rank import LowRank
 from bildung.model.store import LanguageModel
 from bildung.train.history import History
 from bildung.train.loss import Objective
-from bildung.train.training import Batches, Training
+from bildung.train.training import Batches
 from bildung.tune import lora
+from bildung.tune.forgetting import Forgetting
 
 DELTA = "default"  # what a delta that was loaded is called
 
@@ -37,7 +40,7 @@ class Now:
 
     job: Job
     source: Path  # the model after the task before
-    given: Training
+    given: Forgetting
     kind: Kind
     names: Sequence[str]  # of all tasks
     number: int  # of this one, counted from 1
@@ -82,7 +85,7 @@ class Method:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
-    def training(self, now: Now) -> Training:
+    def training(self, now: Now) -> Forgetting:
         """How this task is trained."""
         return now.given
 
@@ -90,9 +93,16 @@ class Method:
         """What is trained on."""
         return task.rows
 
+    def old_rows(self, now: Now, lm: LanguageModel) -> list[Row]:
+        """Rows of earlier tasks that may be rehearsed more; none where the technique keeps none."""
+        return []
+
     def objective(self, now: Now, lm: LanguageModel, own: Objective, batch_at: Batches) -> Objective:
         """The loss, given that of the task alone. batch_at: the batches that it will be trained on."""
         return own
+
+    def settle(self, now: Now, lm: LanguageModel) -> None:
+        """Called before the model is measured in the middle of the task."""
 
     def finish(self, now: Now, lm: LanguageModel, task: Task, history: History) -> None:
         """Called with the trained model, before it is written into now.job.out."""

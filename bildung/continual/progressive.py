@@ -42,8 +42,8 @@ from bildung.model.encoder import Encoder
 from bildung.model.store import LanguageModel
 from bildung.model.taps import Attachment, attach, detach
 from bildung.train.history import History
-from bildung.train.training import Training
 from bildung.tune.classifier_head import outer_matrix
+from bildung.tune.forgetting import Forgetting
 
 
 @settings
@@ -151,13 +151,16 @@ class Progressive(Method):
             head.requires_grad_(True)
             self.before = {name: one.detach().clone() for name, one in head.named_parameters()}
 
-    def training(self, now: Now) -> Training:
+    def training(self, now: Now) -> Forgetting:
         if now.number == 1:
             return now.given
         # Nothing goes back through the blocks, so nothing of them is kept; run again, they would step the columns.
         return replace(now.given, learning_rate=self.given.learning_rate, recompute="none")
 
     def finish(self, now: Now, lm: LanguageModel, task: Task, history: History) -> None:
+        self.settle(now, lm)
+
+    def settle(self, now: Now, lm: LanguageModel) -> None:
         """Weight decay may have moved the head's rows of other tasks: they are put back."""
         head = outer_matrix(lm.model)
         if now.number == 1 or head is None or not isinstance(now.kind, LabelledTexts):

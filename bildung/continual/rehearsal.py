@@ -81,6 +81,14 @@ class Rehearsal(Method):
         now.job.measured["rehearsed_share"] = len(old) / (len(old) + len(task.rows))
         return [*task.rows, *old]
 
+    def old_rows(self, now: Now, lm: LanguageModel) -> list[Row]:
+        """The whole memory, or what the model wrote for this task."""
+        if now.number == 1:
+            return []
+        if self.given.generate:
+            return list(json.loads((now.job.out / WRITTEN).read_text(encoding="utf-8")))
+        return read_memory(now.source)[0]
+
     def _written(self, now: Now, lm: LanguageModel, wanted: int) -> list[Row]:
         """The model's own conversations, written once: a run that goes on after a kill reads them again."""
         place = now.job.out / WRITTEN

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from bildung.continual import matrix
+from bildung.continual import budget, matrix
 from bildung.continual.method import Method, Now
 from bildung.continual.tasks import Kind, LabelledTexts, Task
 from bildung.core.errors import SettingsError
@@ -26,11 +26,14 @@ from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings
 from bildung.data.batches import Shuffled
+from bildung.evaluate.card import Card, CardSettings
 from bildung.model.linear import Linear
 from bildung.model.store import LanguageModel, load, write_model
-from bildung.train.training import COMPUTE, Training, check_continues_text, run
+from bildung.train.training import COMPUTE, Batches, check_continues_text
 from bildung.tune.classifier_head import outer_matrix, with_classifier
+from bildung.tune.forgetting import Forgetting, run_within_budget
 from bildung.tune.instruction import base_of
+from bildung.tune.rehearsing import Rehearsing, nothing_raised
 
 
 @settings
@@ -46,22 +49,37 @@ class Step:
 def learn(
     job: Job,
     source: Path,
-    given: Training,
+    given: Forgetting,
     kind: Kind,
     tasks: Sequence[Task],
     method: Method,
     data: Sequence[dict[str, str]],
     described: dict[str, Any],
+    known: tuple[Card, CardSettings] | None = None,
 ) -> Path:
     """Learn the tasks in their order and fill in the job's numbers; returns the directory of the last.
 
-    data: of each task, the hashes of what it reads. described: the settings, for the records.
+    data: of each task, the hashes of what it reads. described: the settings, for the records. known: the source's card,
+    and how it was measured.
     """
-    names, records = [task.name for task in tasks], []
+    names, root = [task.name for task in tasks], source
+    records: list[Record] = []
     for number, task in enumerate(tasks, start=1):
         place = job.out / f"{number}-{task.name}"
         step = Step(number=number, task=task.name, seed=given.seed, sequence=described)
-        work = partial(_learn_task, source=source, given=given, kind=kind, tasks=tasks, method=method, number=number)
+        then = [record.measured["scores"][name]["score"] for name, record in zip(names, records, strict=False)]
+        work = partial(
+            _learn_task,
+            source=source,
+            given=given,
+            kind=kind,
+            tasks=tasks,
+            method=method,
+            number=number,
+            root=root,
+            then=then,
+            known=known,
+        )
         records.append(
             perform("continual task", source, place, step, work, data=data[number - 1], companions=base_of(source))
         )
@@ -71,8 +89,18 @@ def learn(
 
 
 def _learn_task(
-    job: Job, source: Path, given: Training, kind: Kind, tasks: Sequence[Task], method: Method, number: int
+    job: Job,
+    source: Path,
+    given: Forgetting,
+    kind: Kind,
+    tasks: Sequence[Task],
+    method: Method,
+    number: int,
+    root: Path,
+    then: Sequence[float],
+    known: tuple[Card, CardSettings] | None,
 ) -> None:
+    """root: what the sequence starts from. then: the score of each earlier task when it was learned."""
     task = tasks[number - 1]
     lm = load(source, "float32")
     if isinstance(kind, LabelledTexts):
@@ -86,11 +114,28 @@ def _learn_task(
     method.prepare(now, lm)
     items = kind.encode(lm.tokenizer, method.rows(now, lm, task))
     collate = partial(kind.collate, pad_id=lm.tokenizer.pad_id)
-    batch_at = Shuffled(items, given.batch_size, given.seed, collate)
+    batch_at: Batches = Shuffled(items, given.batch_size, given.seed, collate)
+    gauges = budget.gauges(now, lm, given, tasks[: number - 1], then, method, root, known)
+    raised = nothing_raised()
+    old = kind.encode(lm.tokenizer, method.old_rows(now, lm)) if gauges else []
+    if old:
+        batch_at = Rehearsing(batch_at, Shuffled(old, given.batch_size, given.seed, collate), raised)
     given = method.training(now)
     objective = method.objective(now, lm, kind.objective, batch_at)
     what = f"task {number} of {len(tasks)}, {task.name}: {len(items):,} examples"
-    history = run(job, lm.model, given, batch_at, objective, what=what, notes=task.notes)
+    history = run_within_budget(
+        job,
+        lm,
+        given,
+        batch_at,
+        objective,
+        gauges=gauges,
+        raised=raised if old else None,
+        old="earlier tasks" if old else None,
+        settle=lambda _: method.settle(now, lm),
+        what=what,
+        notes=task.notes,
+    )
     method.finish(now, lm, task, history)
     lm.model.compute_dtype = None
     write_model(lm, job.out)
@@ -138,6 +183,8 @@ def _sum_up(job: Job, names: Sequence[str], records: Sequence[Record], kind: Kin
         "scores": [record.measured["scores"] for record in records],
         **figures,
     }
+    if held := {n: r.measured["forgetting"] for n, r in zip(names, records, strict=True) if "forgetting" in r.measured}:
+        job.measured["forget_budget"] = held
     (job.out / "matrix.json").write_text(json.dumps(job.measured, indent=1) + "\n", encoding="utf-8")
     title = f"{job.settings.method}: the matrix R[after, task]"
     matrix.draw(names, before, after, job.out / "matrix.png", title, kind.score_name)

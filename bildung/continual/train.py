@@ -11,6 +11,9 @@
     orthogonal_lora   a LoRA per task, in directions of its own        orthogonal_lora.py
     fel               a fixed, sparse, wide layer below the head       fel.py
 
+With `--forget-budget` a task's training ends, or more is rehearsed, when too much of what was there before is lost
+(budget.py).
+
 A task is labelled texts, for an encoder or a decoder, which gets a head, or conversations, for a model that continues
 text. A decoder could learn either: conversations, unless it has a head already or `--learn labelled` says so.
 """
@@ -23,6 +26,7 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import Literal
 
+from bildung.continual import budget
 from bildung.continual.ewc import Ewc, EwcSettings
 from bildung.continual.fel import Fel, FelSettings
 from bildung.continual.lwf import Lwf, LwfSettings
@@ -43,14 +47,16 @@ from bildung.evaluate.card import CardSettings
 from bildung.model.base import CausalLM
 from bildung.model.store import LanguageModel, load
 from bildung.train.optim import ScheduleName
-from bildung.train.training import Training, check_ranges
+from bildung.train.training import check_ranges
+from bildung.tune.forgetting import Forgetting, budget_sources
 from bildung.tune.instruction import base_of
+from bildung.tune.trunk import for_card
 
 Technique = Literal["plain", "rehearsal", "ewc", "progressive", "lwf", "orthogonal_lora", "fel"]
 
 
 @settings_class
-class Settings(Training):
+class Settings(Forgetting):
     """A sequence of tasks."""
 
     tasks: tuple[str, ...]  # NAME=DATA of each, in order: texts with their classes, or conversations
@@ -78,6 +84,8 @@ class Settings(Training):
     orthogonal_lora: OrthogonalLoraSettings = field(default_factory=OrthogonalLoraSettings)
     fel: FelSettings = field(default_factory=FelSettings)
     card: CardSettings | None = None  # measure these tasks before the first and after the last
+    forget_data: str | None = None  # general texts whose loss tells, beside earlier tasks; default: the card, if any
+    rehearse: str | None = None  # of no use here: a sequence rehearses its own rows (method rehearsal)
 
 
 def train(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
@@ -94,6 +102,7 @@ def train(source: Path, out: Path, settings: Settings, *, force: bool = False) -
         settings = replace(settings, learning_rate=rate)
     tasks, tests = named(settings.tasks, "tasks"), named(settings.tests, "tests")
     check(settings, tasks, tests)
+    budget.check(settings, settings.card)
     data = {name: fingerprint(place) for name, place in tasks.items()}
     for name, place in tests.items():
         data[name] |= fingerprint(place)
@@ -101,7 +110,7 @@ def train(source: Path, out: Path, settings: Settings, *, force: bool = False) -
     def work(job: Job) -> None:
         lm = load(source)
         if settings.card is not None:
-            card.before(job, lm, settings.card)
+            card.before(job, for_card(lm, source), settings.card)
         kind = kind_of(lm, settings)
         columns = {"text": settings.text, "second": settings.second, "label": settings.label, "limit": settings.limit}
         read = [
@@ -110,11 +119,13 @@ def train(source: Path, out: Path, settings: Settings, *, force: bool = False) -
         ]
         del lm
         method = technique(settings, kind)
-        last = learn(job, source, settings, kind, read, method, list(data.values()), as_dict(settings))
+        hashes = [one | budget_sources(settings) for one in data.values()]
+        known = None if settings.card is None else (job.before, settings.card)
+        last = learn(job, source, settings, kind, read, method, hashes, as_dict(settings), known)
         if settings.card is not None:
-            card.after(job, load(last), settings.card)
+            card.after(job, for_card(load(last), source), settings.card)
 
-    everything = {key: one for hashes in data.values() for key, one in hashes.items()}
+    everything = {key: one for hashes in data.values() for key, one in hashes.items()} | budget_sources(settings)
     return perform(
         "continual train", source, out, settings, work, data=everything, companions=base_of(source), force=force
     )

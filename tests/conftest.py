@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +61,22 @@ def tiny_tokenizer() -> Tokenizer:
     backend.train_from_iterator(TEXT, trainer)
     config = {"bos_token": SPECIALS[0], "eos_token": SPECIALS[2], "pad_token": SPECIALS[2]}
     return Tokenizer(backend, config, chat_template=CHATML)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_disk_is_waited_for() -> Iterator[None]:
+    """No test cuts the power, and a process that is killed loses nothing that it wrote."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def what_was_imported_is_no_garbage() -> None:
+    """Every operation begins with a collection (core/hardware.py), which would look through all that peers bring along:
+    a quarter of a second, more than most tests take."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

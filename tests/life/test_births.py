@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from bildung.app.live import Command, command
 from bildung.core.record import Record, read_record
 from bildung.train.history import METRICS
 from bildung.train.live_page import NAME
+from tests.processes import torchrun
 
 RECIPES = Path(bildung.__file__).parent.parent / "recipes"
 TEXT = [
@@ -136,9 +134,7 @@ def test_gpt2s_first_steps_on_two_processes(text: Path, tiny_lm_directory: Path,
             },
         },
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "bildung"]
-    done = subprocess.run([*start, "live", str(recipe)], env=environment, capture_output=True, text=True, timeout=600)
+    done = torchrun("-m", "bildung", "live", str(recipe), timeout=600)
     assert done.returncode == 0, done.stderr[-9000:]
     record = made(tmp_path)
     assert record.settings["parallel"] == "zero1" and record.settings["micro_steps"] % 2 == 0

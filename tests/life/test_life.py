@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import yaml
 import bildung
 from bildung.app.live import Command, command
 from bildung.core.record import hash_directory, read_record
+from tests.processes import START, command_line
 
 CARD = {"tasks": ["capitals", "sentiment_mini"], "limit": 4, "dtype": "float32", "sample_tokens": 4}
 SHORT = {"max_length": 160, "steps": 3, "batch_size": 2, "rank": 2, "precision": "fp32", "checkpoint_every": 1}
@@ -92,27 +92,30 @@ def test_a_whole_life(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {n: r and r.started for n, r in again.items()} == {n: r and r.started for n, r in records.items()}
 
 
+@pytest.mark.slow  # lives that are killed: test_live.py, of toys; operations that are: test_kills.py
 def test_a_life_killed_at_any_moment_ends_in_the_same_result(recipe: Path, tmp_path: Path) -> None:
-    """kill -9 after 3, 5, 7 ... seconds until it gets through, against a life nobody disturbed."""
+    """kill -9 soon after every ninth new file until it gets through, against a life nobody disturbed."""
     steps = yaml.safe_load(recipe.read_text())["life"][:4]
     hashes = []
     for name in ("whole", "killed"):
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump({"name": name, "out": str(tmp_path / name), "card": CARD, "life": steps}))
-        run = [sys.executable, "-m", "bildung", "live", str(path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        patience, kills = (600.0, 0) if name == "whole" else (4.0, 0)
-        while True:
-            process = subprocess.Popen(run, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
-            try:
-                assert process.wait(timeout=patience) == 0
-                break
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                time.sleep(0.1)
-                kills, patience = kills + 1, patience * 1.5
-        assert (kills > 0) == (name == "killed")
+        chance, seen, kills, ended = random.Random(name), set[Path](), 0, None
+        while ended != 0:
+            process = START.Process(target=command_line, args=(["live", str(path)], tmp_path / "said"))
+            process.start()
+            known = len(seen)
+            while process.is_alive() and (name == "whole" or len(seen) < known + 9):
+                seen |= {Path(place, file) for place, _, files in os.walk(tmp_path / name) for file in files}
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 0.05))
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+            process.join()
+            ended = process.exitcode
+            assert ended in (0, -signal.SIGKILL), (tmp_path / "said").read_text()
+        assert kills >= 3 if name == "killed" else kills == 0
         hashes.append({step["as"]: hash_directory(tmp_path / name / step["as"]) for step in steps})
         assert not list((tmp_path / name).glob("*.partial"))
         last = json.loads((tmp_path / name / "aligned/record.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -103,8 +104,9 @@ def test_the_same_text_gives_the_same_tokenizer_in_every_process() -> None:
         "import hashlib\nfrom tests.tokenizer.test_learn import KINDS, TOKENIZERS\n"
         "for kind in KINDS: print(kind, hashlib.sha256(TOKENIZERS[kind].backend.to_str().encode()).hexdigest())"
     )
-    outputs = [subprocess.run([sys.executable, "-c", script], check=True, capture_output=True).stdout for _ in "ab"]
-    assert outputs[0] == outputs[1] and outputs[0].count(b"\n") == len(KINDS)
+    other = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    hashes = {kind: hashlib.sha256(one.backend.to_str().encode()).hexdigest() for kind, one in TOKENIZERS.items()}
+    assert other.splitlines() == [f"{kind} {digest}" for kind, digest in hashes.items()] and len(hashes) == len(KINDS)
 
 
 def test_bytes_are_their_own_ids() -> None:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.processes import torchrun
 
-def torchrun(out: Path, kind: str, what: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+
+def faulty(out: Path, kind: str, what: str, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     out.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["--max-restarts", str(restarts), "-m", "tests.train.faults_run", str(out), kind, what]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    words = ("--max-restarts", str(restarts), "-m", "tests.train.faults_run", str(out), kind, what)
+    return torchrun(*words, timeout=500)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zero3", "ddp", "tensor"])
 def test_a_rank_that_dies_is_started_again_and_nothing_is_lost(tmp_path: Path, kind: str) -> None:
-    undisturbed = torchrun(tmp_path / "undisturbed", kind, "nothing")
+    undisturbed = faulty(tmp_path / "undisturbed", kind, "nothing")
     assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
-    restarted = torchrun(tmp_path / "restarted", kind, "dies", restarts=1)
+    restarted = faulty(tmp_path / "restarted", kind, "dies", restarts=1)
     assert restarted.returncode == 0, restarted.stderr[-3000:]
     assert (tmp_path / "restarted/it happened").exists() and "made 8 lines" in restarted.stdout
     one, other = (tmp_path / name / "model.safetensors" for name in ("undisturbed", "restarted"))
@@ -39,7 +37,7 @@ def test_a_rank_that_dies_is_started_again_and_nothing_is_lost(tmp_path: Path, k
     ],
 )
 def test_a_rank_that_hangs_is_named_with_the_exchange(tmp_path: Path, kind: str, exchange: str) -> None:
-    done = torchrun(tmp_path / "out", kind, "hangs")
+    done = faulty(tmp_path / "out", kind, "hangs")
     assert done.returncode != 0
     said = re.search(
         r"rank 0 says: rank 0 waited in vain at (.*?): rank 1 was last heard of (\d+) s ago, at (.*?)\. ", done.stdout

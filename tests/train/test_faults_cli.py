@@ -22,6 +22,7 @@ from bildung.core.record import read_record
 from bildung.core.settings import as_dict
 from bildung.pretrain.size import Sized as Birth
 from bildung.train.checkpoint import all_in
+from tests.processes import START, command_line, torchrun
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "400"}
 
@@ -145,13 +146,6 @@ def test_rows_of_a_step_by_size_may_be_split_otherwise_among_other_ranks() -> No
     assert decisive(batch_size=8, micro_steps=1) != decisive(batch_size=4, micro_steps=2)
 
 
-def on_two_ranks(*words: str) -> subprocess.CompletedProcess[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*torchrun, "-m", "bildung", *words], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.mark.slow
 def test_one_process_goes_on_where_two_met_an_error_and_the_error_is_said_once(
     tiny_lm_directory: Path, tmp_path: Path, data: Path
@@ -160,7 +154,7 @@ def test_one_process_goes_on_where_two_met_an_error_and_the_error_is_said_once(
     out = tmp_path / "out"
     given: dict[str, Any] = {"micro_steps": 2, "batch_size": 1, "checkpoint_every": 1, "keep_last": 9}
     words = lora_words(tiny_lm_directory, out, data, **given, learning_rate="1e20", schedule="constant", warmup=0)
-    done = on_two_ranks(*words, "--parallel", "zero3")
+    done = torchrun("-m", "bildung", *words, "--parallel", "zero3")
     assert done.returncode and done.stderr.count("the loss is nan") == 1 and "rank 1: " not in done.stderr, done.stderr
     steps = len(all_in(tmp_path / "out.partial"))
     with pytest.raises(TrainingError, match=rf"step {steps + 1}, micro-batch 0: the loss is nan.* up to step {steps}"):
@@ -193,20 +187,20 @@ def full(*_: Any, **__: Any) -> None:
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tiny_lm_directory: Path, tmp_path: Path, data: Path) -> None:
     """A real SIGINT to a real process; run again, it ends as an undisturbed run does."""
-    words = lora_words(tiny_lm_directory, tmp_path / "out", data, steps=150, checkpoint_every=100, dropout=0.1)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bildung", *words], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+    words = lora_words(tiny_lm_directory, tmp_path / "out", data, steps=100, checkpoint_every=90, dropout=0.1)
+    process = START.Process(target=command_line, args=(words, tmp_path / "said"))
+    process.start()
     log = tmp_path / "out.partial/metrics.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 5):
+    while process.is_alive() and (not log.exists() or log.read_text().count("\n") < 5):
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 130 and "Traceback" not in said, said
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 130 and "Traceback" not in said, said
     assert "stopping after this step" in said and "is in a checkpoint. To go on: bildung tune lora" in said, said
     assert len(all_in(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
     run(words)
-    run(lora_words(tiny_lm_directory, tmp_path / "undisturbed", data, steps=150, checkpoint_every=100, dropout=0.1))
+    run(lora_words(tiny_lm_directory, tmp_path / "undisturbed", data, steps=100, checkpoint_every=90, dropout=0.1))
     one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("out", "undisturbed"))
     assert one.read_bytes() == other.read_bytes()
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,8 @@ from bildung.data.batches import Batch
 from bildung.train.fit import LossSum, fit, mean_loss
 from bildung.train.objectives import clm
 from bildung.train.optim import adamw, constant, cosine
+from tests.processes import START
+from tests.train import long_run
 
 TIMING = {"seconds", "seconds_left", "tokens_per_second"}
 
@@ -132,16 +131,18 @@ def test_the_callers_random_state_is_left_alone(make_lora, batch_at):
 
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
     """kill -9 while step 6 is being worked on, after the checkpoint of step 4."""
-    script = Path(__file__).with_name("long_run.py")
 
     def run(out, kill_after):
-        process = subprocess.Popen([sys.executable, script, out], stdout=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if kill_after is not None and int(line) >= kill_after:
-                os.kill(process.pid, signal.SIGKILL)
-                break
-        process.stdout.close()
-        return process.wait()
+        heard, says = START.Pipe(duplex=False)
+        process = START.Process(target=long_run.main, args=(out, says))
+        process.start()
+        says.close()
+        if kill_after is not None:
+            while heard.recv() < kill_after:
+                pass
+            os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        return process.exitcode
 
     assert run(tmp_path / "whole", None) == 0
     assert run(tmp_path / "killed", 5) == -signal.SIGKILL

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -15,11 +14,9 @@ import pytest
 from bildung.core.record import read_record
 from bildung.train.checkpoint import all_in, damage, step_of
 from bildung.tune.lora import Settings, lora
+from tests.processes import START
 
 EVERY = 4
-# Its children start in no time, with all of torch imported.
-START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["bildung.tune.lora"])
 
 
 def tune(source: Path, out: Path, data: Path, steps: int, in_background: bool) -> None:

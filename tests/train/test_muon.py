@@ -25,29 +25,28 @@ def same_gradients(ours, theirs, step):
         other.grad = one.grad.clone()
 
 
-@pytest.mark.parametrize("scale, theirs_called", [("rms", "match_rms_adamw"), ("spectral", "original")])
-def test_equal_to_pytorch(scale, theirs_called):
-    ours, theirs = pair(SHAPES)
-    one = Muon(ours, lr=0.02, weight_decay=0.1, scale=scale)
-    other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn=theirs_called)
+def assert_equal_after_steps(ours, theirs, one, other):
     for step in range(5):
         same_gradients(ours, theirs, step)
         one.step()
         other.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale, theirs_called", [("rms", "match_rms_adamw"), ("spectral", "original")])
+def test_equal_to_pytorch(scale, theirs_called):
+    ours, theirs = pair(SHAPES)
+    one = Muon(ours, lr=0.02, weight_decay=0.1, scale=scale)
+    other = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn=theirs_called)
+    assert_equal_after_steps(ours, theirs, one, other)
 
 
 def test_the_other_parameters_are_adamws():
     ours, theirs = pair([(6, 4), (5,)])
     one = Muon([{"params": ours, "muon": False}], lr=0.02, weight_decay=0.1)
     other = torch.optim.AdamW(theirs, lr=0.02, weight_decay=0.1)
-    for step in range(5):
-        same_gradients(ours, theirs, step)
-        one.step()
-        other.step()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    assert_equal_after_steps(ours, theirs, one, other)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

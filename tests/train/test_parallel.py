@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,7 @@ from bildung.train.optim import optimizer_from
 from bildung.train.parallel import Parallel
 from bildung.train.sharing import sent
 from bildung.train.training import Training
+from tests.processes import torchrun
 from tests.train import parallel_run
 
 KINDS = ("ddp", "zero1", "zero2", "zero3")
@@ -29,10 +27,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of one process and of two, side by side."""
     out = tmp_path_factory.mktemp("parallel")
     parallel_run.main(out)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.train.parallel_run", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = torchrun("-m", "tests.train.parallel_run", str(out))
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

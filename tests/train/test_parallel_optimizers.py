@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.processes import torchrun
 from tests.train import parallel_optimizers
 
 pytestmark = pytest.mark.slow  # AdamW on two processes: test_parallel.py
@@ -20,10 +18,7 @@ pytestmark = pytest.mark.slow  # AdamW on two processes: test_parallel.py
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The weights that two processes ended with."""
     out = tmp_path_factory.mktemp("together")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.train.parallel_optimizers", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = torchrun("-m", "tests.train.parallel_optimizers", str(out))
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 

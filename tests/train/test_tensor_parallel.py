@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from bildung.train import tensor_parallel
 from bildung.train.objectives import clm
 from bildung.train.parallel import Parallel
 from bildung.train.plan import plan
+from tests.processes import two_ranks
 from tests.train import tensor_run
 from tests.train.parallel_run import micro_batch
 
@@ -31,11 +29,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of one process and of two, side by side."""
     out = tmp_path_factory.mktemp("tensor")
     tensor_run.main(out)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.train.tensor_run", str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(tensor_run.main, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def more_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of cases that those of `runs` stand for."""
+    out = tmp_path_factory.mktemp("more")
+    tensor_run.more(out)
+    two_ranks(tensor_run.more, out)
     return out
 
 
@@ -43,10 +46,20 @@ def measured(runs: Path, name: str) -> dict:
     return json.loads((runs / f"{name}.json").read_text())
 
 
-@pytest.mark.parametrize("case", [case for case in tensor_run.CASES if case != "dropout"])
+@pytest.mark.parametrize("case", [case for case in tensor_run.CASES if case not in ("dropout", *tensor_run.MORE)])
 def test_the_same_as_one_process(runs: Path, case: str) -> None:
     """Weights, losses, and the gradient's norm, in which what is cut and what is whole count once. (gpt2 drops out on
     the stream, where ranks must draw the same.)"""
+    assert_the_same(runs, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", tensor_run.MORE)
+def test_more_cases_are_the_same_as_one_process(more_runs: Path, case: str) -> None:
+    assert_the_same(more_runs, case)
+
+
+def assert_the_same(runs: Path, case: str) -> None:
     alone, together = (load_file(runs / f"{kind} {case}.safetensors") for kind in ("none", "tensor"))
     assert set(alone) == set(together)
     for name in alone:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from bildung.model.store import LanguageModel
 from bildung.train.history import METRICS
 from tests.conftest import CONFIG, tiny_tokenizer
 from tests.model.tiny_encoder import tiny_encoder
+from tests.processes import torchrun
 from tests.tune import parallel_operations
 
 # Of 64 columns at least for each of two ranks, which NF4's blocks want.
@@ -43,10 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "words").mkdir()
     tiny_tokenizer().save(place / "words")
     parallel_operations.main(place)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "tests.tune.parallel_operations", str(place)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = torchrun("-m", "tests.tune.parallel_operations", str(place), timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return place
 

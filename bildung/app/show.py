@@ -9,7 +9,6 @@ What is counted, and what is left out, stands in model/count.py.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bildung.core.errors import ConfigError, SettingsError
+from bildung.core.json_file import read_object
 from bildung.core.settings import settings
 
 if TYPE_CHECKING:
@@ -93,13 +93,7 @@ def look_at(source: Path, length: int | None = None, source_length: int | None =
     elif source.is_dir():
         model = on_paper(read_config(source))
     else:
-        try:
-            raw = json.loads(source.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{source} cannot be read as JSON: {error}.") from error
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{source} holds a {type(raw).__name__}; a JSON object is expected.")
-        model = on_paper(from_dict(raw))
+        model = on_paper(from_dict(read_object(source, ConfigError)))
     place = source.resolve()
     name = place.parent.name if place.name == "config.json" else place.stem if place.suffix == ".json" else place.name
     if length is None:

@@ -16,8 +16,8 @@ import random
 from collections.abc import Iterable, Sequence
 
 from bildung.core.errors import DataError, TokenizerError
-from bildung.data.examples import NO_TARGET, Examples
-from bildung.data.seq2seq import Seq2SeqExample, framed, text_frame
+from bildung.data.examples import Examples
+from bildung.data.seq2seq import Seq2SeqExample, framed, pieces, text_frame
 from bildung.tokens.tokenizer import Tokenizer
 
 DENSITY, POISSON_MEAN = 0.3, 3.0
@@ -99,17 +99,11 @@ def denoising_examples(
     if (room := max_length - frame.size(pair=False)) < 2:
         raise DataError(f"max_length = {max_length} leaves no room for two tokens of text; raise it.")
     examples: Examples[Seq2SeqExample] = Examples()
-    for text in documents:
-        tokens = tokenizer.encode(text, bos=False)
-        for at in range(0, len(tokens), room):
-            piece = tokens[at : at + room]
-            if len(piece) < 2:
-                examples.dropped[NO_TARGET] += 1
-                continue
-            draws = random.Random(f"denoise {seed} {len(examples)}")
-            damaged = permute_sentences(piece, stops, draws) if permute else piece
-            source = infill(damaged, mask_id, density, mean_span, draws)
-            # Masks of length 0 make a source longer than its text.
-            made, _ = framed(frame, source, piece, start, len(source) + frame.size(pair=False), max_length + 1)
-            examples.append(made)
+    for piece in pieces(tokenizer, documents, room, examples):
+        draws = random.Random(f"denoise {seed} {len(examples)}")
+        damaged = permute_sentences(piece, stops, draws) if permute else piece
+        source = infill(damaged, mask_id, density, mean_span, draws)
+        # Masks of length 0 make a source longer than its text.
+        made, _ = framed(frame, source, piece, start, len(source) + frame.size(pair=False), max_length + 1)
+        examples.append(made)
     return examples.close(documents, max_length)

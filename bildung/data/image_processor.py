@@ -27,6 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bildung.core.errors import ModelFileError, nearest
+from bildung.core.json_file import read_object
 from bildung.data.rows import Unusable
 
 FILE = "preprocessor_config.json"
@@ -124,15 +125,9 @@ def read_processor(directory: Path) -> ImageProcessor:
     """The ImageProcessor of a model directory. Raises ModelFileError for a file that is missing, broken, or asks for
     what is not built here."""
     path = directory / FILE
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFileError(f"{directory} holds no {FILE}, so it is not known how images become its input.") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ModelFileError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ModelFileError(f"{path} holds a {type(raw).__name__}; a JSON object is expected.")
-    return _Keys(path, raw).processor()
+    if not path.exists():
+        raise ModelFileError(f"{directory} holds no {FILE}, so it is not known how images become its input.")
+    return _Keys(path, read_object(path, ModelFileError)).processor()
 
 
 class _Keys:

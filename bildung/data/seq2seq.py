@@ -14,7 +14,7 @@ What stands around a source and a target is what the tokenizer's post-processor 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bildung.core.errors import DataError, TokenizerError
 from bildung.data.batches import Batch, pad
-from bildung.data.examples import Example, Examples
+from bildung.data.examples import NO_TARGET, Example, Examples
 from bildung.data.rows import Row, Rows, Unusable
 from bildung.data.sources import rows
 from bildung.data.text import conversation
@@ -150,6 +150,21 @@ def text_frame(tokenizer: Tokenizer) -> Frame:
         frame = Frame((tokenizer.bos_id,) if tokenizer.uses_bos and tokenizer.bos_id is not None else (), (), (), 0)
     after = frame.after if tokenizer.eos_id in frame.after else (*frame.after, tokenizer.eos_id)
     return Frame(frame.before, frame.between, after, frame.second)
+
+
+def pieces(
+    tokenizer: Tokenizer, documents: Iterable[str], length: int, examples: Examples[Seq2SeqExample]
+) -> Iterator[list[int]]:
+    """Texts in pieces of at most `length` tokens. A last one of a single token has nothing to keep beside what it would
+    lose: it is counted as dropped from `examples`."""
+    for text in documents:
+        tokens = tokenizer.encode(text, bos=False)
+        for at in range(0, len(tokens), length):
+            piece = tokens[at : at + length]
+            if len(piece) < 2:
+                examples.dropped[NO_TARGET] += 1
+            else:
+                yield piece
 
 
 def encode_source(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 from bildung.core.errors import DataError, TokenizerError
-from bildung.data.examples import NO_TARGET, Examples
-from bildung.data.seq2seq import Seq2SeqExample, framed, text_frame
+from bildung.data.examples import Examples
+from bildung.data.seq2seq import Seq2SeqExample, framed, pieces, text_frame
 from bildung.tokens.frames import Frame
 from bildung.tokens.tokenizer import Tokenizer
 
@@ -97,10 +97,8 @@ def span_examples(
     density: float = DENSITY,
     mean_span: float = MEAN_SPAN,
 ) -> Examples[Seq2SeqExample]:
-    """Prose, cut into pieces that fill a source, each with its spans lost: a function of `seed` and the piece's number.
-
-    A last piece of one token has nothing to keep beside what it would lose, and is dropped.
-    """
+    """Prose, cut into pieces that fill a source, each with its spans lost: a function of `seed` and the piece's
+    number."""
     if not 0 < density < 1 or mean_span < 1:
         raise DataError(f"density = {density} must lie in (0, 1), mean_span = {mean_span} be at least 1.")
     sentinels, frame = sentinel_ids(tokenizer), text_frame(tokenizer)
@@ -108,20 +106,12 @@ def span_examples(
         raise DataError(f"max_length = {max_length} leaves no room for text and sentinels; raise it.")
     length, _ = lengths(room + 1, density, mean_span)
     examples: Examples[Seq2SeqExample] = Examples()
-    for text in documents:
-        tokens = tokenizer.encode(text, bos=False)
-        for at in range(0, len(tokens), length):
-            piece = tokens[at : at + length]
-            if len(piece) < 2:
-                examples.dropped[NO_TARGET] += 1
-                continue
-            draws = random.Random(f"spans {seed} {len(examples)}")
-            spans = noise_spans(len(piece), density, mean_span, draws)
-            if len(spans) > len(sentinels):
-                raise TokenizerError(
-                    f"{len(spans)} spans need as many sentinels, and the tokenizer has {len(sentinels)}."
-                )
-            examples.append(_example(frame, *corrupt(piece, spans, sentinels), start))
+    for piece in pieces(tokenizer, documents, length, examples):
+        draws = random.Random(f"spans {seed} {len(examples)}")
+        spans = noise_spans(len(piece), density, mean_span, draws)
+        if len(spans) > len(sentinels):
+            raise TokenizerError(f"{len(spans)} spans need as many sentinels, and the tokenizer has {len(sentinels)}.")
+        examples.append(_example(frame, *corrupt(piece, spans, sentinels), start))
     return examples.close(documents, max_length)
 
 

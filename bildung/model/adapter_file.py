@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from bildung.core.errors import AdapterError, OutputError, nearest
+from bildung.core.json_file import read_object
 from bildung.model import (
     adapter_attached,
     adapter_bitfit,
@@ -62,12 +63,7 @@ TASKS = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
 def read_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json, every key accounted for. Raises AdapterError."""
     path = directory / CONFIG
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise AdapterError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(given, dict):
-        raise AdapterError(f"{path} holds a {type(given).__name__}; a JSON object is expected.")
+    given = read_object(path, AdapterError)
     kind = given.get("peft_type", "LORA")
     if kind not in TYPES:
         raise AdapterError(

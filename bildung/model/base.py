@@ -12,7 +12,7 @@ Model ─┬─ CausalLM ─┬─ Decoder         transformer.py
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,46 @@ class CausalLM(Model):
                 kv_cache=kv_cache,
             )
         )
+
+
+class Conditioned(CausalLM):
+    """A decoder that has read its source. Its weights are the whole's; made anew for every source."""
+
+    whole: Any  # the model of both halves
+
+    def __init__(self, whole: Any, memory: Any):
+        super().__init__(whole.config)
+        # Only the decoder's half is a part of it: what decodes needs, moves and packs no encoder.
+        object.__setattr__(self, "whole", whole)
+        self.decoder, self.lm_head = whole.decoder, whole.lm_head
+        self.taps, self.sites, self.compute_dtype = whole.taps, whole.sites, whole.compute_dtype
+        self.memory = memory
+        self.training = whole.training
+
+    @property
+    def embedding(self) -> nn.Module:
+        return cast(nn.Module, self.whole.shared)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches the whole model's dropout: the weights that work here are the whole's."""
+        self.whole.train(mode)
+        self.training = mode
+        return self
+
+    def check_rows(self, tokens_BL: Tensor, sources: int) -> None:
+        """Raises DataError unless there are as many rows of targets as of sources."""
+        if sources != tokens_BL.shape[0]:
+            raise DataError(f"{tokens_BL.shape[0]} target rows were given for {sources} sources; one each is needed.")
+
+    def select(self, rows_B: Tensor) -> Conditioned:
+        """The same decoder over other rows of the sources (beam search)."""
+        raise NotImplementedError
+
+    def final_norm(self, x_BLD: Tensor) -> Tensor:
+        return cast(Tensor, self.decoder.final(x_BLD))
+
+    def unembed(self, h_BLD: Tensor) -> Tensor:
+        return cast(Tensor, self.whole.unembed(h_BLD))
 
 
 def can_look(tensor: Tensor) -> bool:

@@ -5,13 +5,13 @@ One flat dataclass describes every stack of Transformer blocks; the raw dictiona
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 from bildung.core.errors import ConfigError, nearest
+from bildung.core.json_file import read_object
 from bildung.model.config_keys import ConfigKeys, is_size
 
 # The families this code can build: one file each in families/, named by config.json's `model_type`.
@@ -234,14 +234,9 @@ def from_dict(raw: dict[str, Any]) -> ModelConfig:
 def read_config(directory: Path) -> ModelConfig:
     """ModelConfig of a Hugging Face model directory."""
     path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{directory} holds no config.json; a Hugging Face model directory is expected.") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}; a JSON object is expected.")
+    if not path.exists():
+        raise ConfigError(f"{directory} holds no config.json; a Hugging Face model directory is expected.")
+    raw = read_object(path, ConfigError)
     try:
         return from_dict(raw)
     except ConfigError as error:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bildung.core.errors import DataError
 from bildung.model.attention import Memory
-from bildung.model.base import CausalLM, Model, can_look
+from bildung.model.base import Conditioned, Model, can_look
 from bildung.model.config import ModelConfig
 from bildung.model.kv_cache import KVCache
 from bildung.model.layers import Embedding
@@ -71,9 +71,9 @@ class EncoderDecoder(Model):
             keep_BS = F.pad(keep_BS, (states_BSD.shape[1] - source_BS.shape[1], 0), value=True)
         return Memory(states_BSD, keep_BS)
 
-    def given(self, source_BS: Tensor, keep_BS: Tensor | None = None) -> Conditioned:
+    def given(self, source_BS: Tensor, keep_BS: Tensor | None = None) -> Remembering:
         """The decoder as a causal language model of the target, with this source in mind (one row per target row)."""
-        return Conditioned(self, self.encode(source_BS, keep_BS))
+        return Remembering(self, self.encode(source_BS, keep_BS))
 
     def forward(
         self,
@@ -94,38 +94,18 @@ class EncoderDecoder(Model):
         return self.taps("logits", logits_BLV)
 
 
-class Conditioned(CausalLM):
-    """A decoder that has read its source. Its weights are the whole's; made anew for every source."""
+class Remembering(Conditioned):
+    """The decoder with what the encoder made of its source."""
 
     config: ModelConfig
-    whole: EncoderDecoder
-
-    def __init__(self, whole: EncoderDecoder, memory: Memory):
-        super().__init__(whole.config)
-        # Only the decoder's half is a part of it: what decodes needs, moves and packs no encoder.
-        object.__setattr__(self, "whole", whole)
-        self.decoder, self.lm_head = whole.decoder, whole.lm_head
-        self.taps, self.sites, self.compute_dtype = whole.taps, whole.sites, whole.compute_dtype
-        self.memory = memory
-        self.training = whole.training
-
-    @property
-    def embedding(self) -> nn.Module:
-        return self.whole.shared
-
-    def train(self, mode: bool = True) -> Conditioned:
-        """Switches the whole model's dropout: the weights that work here are the whole's."""
-        self.whole.train(mode)
-        self.training = mode
-        return self
+    memory: Memory
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
         return KVCache(self.config, batch_size, max_length, self.dtype, self.device, self.decoder.ahead)
 
-    def select(self, rows_B: Tensor) -> Conditioned:
-        """The same decoder over other rows of the sources (beam search)."""
+    def select(self, rows_B: Tensor) -> Remembering:
         keep_BS = None if self.memory.keep_BS is None else self.memory.keep_BS[rows_B]
-        return Conditioned(self.whole, replace(self.memory, states_BSD=self.memory.states_BSD[rows_B], keep_BS=keep_BS))
+        return Remembering(self.whole, replace(self.memory, states_BSD=self.memory.states_BSD[rows_B], keep_BS=keep_BS))
 
     def hidden(
         self,
@@ -137,9 +117,7 @@ class Conditioned(CausalLM):
         prefix_BL: Tensor | None = None,
         kv_cache: Any = None,
     ) -> Tensor:
-        sources = self.memory.states_BSD.shape[0]
-        if sources != tokens_BL.shape[0]:
-            raise DataError(f"{tokens_BL.shape[0]} target rows were given for {sources} sources; one each is needed.")
+        self.check_rows(tokens_BL, self.memory.states_BSD.shape[0])
         return self.decoder(
             tokens_BL,
             self.dtype,
@@ -150,9 +128,3 @@ class Conditioned(CausalLM):
             kv_cache=kv_cache,
             memory=self.memory,
         )
-
-    def final_norm(self, x_BLD: Tensor) -> Tensor:
-        return self.decoder.final(x_BLD)
-
-    def unembed(self, h_BLD: Tensor) -> Tensor:
-        return self.whole.unembed(h_BLD)

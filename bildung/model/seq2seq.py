@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from bildung.core.errors import ConfigError, DataError, SettingsError
 from bildung.model.alignment import Attention
 from bildung.model.attention_decoder import AttentionDecoder, DecoderState, SourceStates, decoder_sites
-from bildung.model.base import CausalLM, Model, check_tokens
+from bildung.model.base import Conditioned, Model, check_tokens
 from bildung.model.config import BaseConfig
 from bildung.model.layers import Embedding
 from bildung.model.linear import Dense, Linear, dense_linear
@@ -181,37 +181,17 @@ class Seq2Seq(Model):
                 nn.init.xavier_uniform_(linear.base.dense(), generator=generator)
 
 
-class Answering(CausalLM):
-    """A decoder that has read its source. Its weights are the whole's; made anew for every source."""
+class Answering(Conditioned):
+    """The decoder with the states of its source."""
 
     config: Seq2SeqConfig
-    whole: Seq2Seq
-
-    def __init__(self, whole: Seq2Seq, memory: SourceStates):
-        super().__init__(whole.config)
-        # Only the decoder's half is a part of it: what decodes needs, moves and packs no encoder.
-        object.__setattr__(self, "whole", whole)
-        self.decoder, self.lm_head = whole.decoder, whole.lm_head
-        self.taps, self.sites, self.compute_dtype = whole.taps, whole.sites, whole.compute_dtype
-        self.memory = memory
-        self.training = whole.training
-
-    @property
-    def embedding(self) -> nn.Module:
-        return self.whole.shared
-
-    def train(self, mode: bool = True) -> Answering:
-        """Switches the whole model's dropout: the weights that work here are the whole's."""
-        self.whole.train(mode)
-        self.training = mode
-        return self
+    memory: SourceStates
 
     def kv_cache(self, batch_size: int, max_length: int) -> DecoderState:
         """The state before the first target token: the bridge's."""
         return self.decoder.new_state(self.memory, max_length)
 
     def select(self, rows_B: Tensor) -> Answering:
-        """The same decoder over other rows of the sources (beam search)."""
         return Answering(self.whole, self.memory.select(rows_B))
 
     def hidden(
@@ -228,16 +208,9 @@ class Answering(CausalLM):
         if segments_BL is not None or prefix_BL is not None:
             raise SettingsError("a recurrent decoder answers one source per row, from left to right.")
         sources = self.memory.states_BSM.shape[0]
-        if sources != tokens_BL.shape[0]:
-            raise DataError(f"{tokens_BL.shape[0]} target rows were given for {sources} sources; one each is needed.")
+        self.check_rows(tokens_BL, sources)
         state = self.kv_cache(sources, check_tokens(tokens_BL)) if kv_cache is None else kv_cache
         return self.decoder(tokens_BL, self.memory, state, keep_BL)
-
-    def final_norm(self, x_BLD: Tensor) -> Tensor:
-        return self.decoder.final(x_BLD)
-
-    def unembed(self, h_BLE: Tensor) -> Tensor:
-        return self.whole.unembed(h_BLE)
 
 
 def encoder_sites(config: Seq2SeqConfig) -> dict[str, str]:

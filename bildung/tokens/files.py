@@ -17,6 +17,7 @@ from typing import Any
 import tokenizers
 
 from bildung.core.errors import TokenizerError
+from bildung.core.json_file import read_object
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -25,13 +26,7 @@ def read_json(path: Path, default: dict[str, Any] | None = None) -> dict[str, An
     """The JSON object in `path`; `default` when the file is not there. Raises TokenizerError when unreadable."""
     if default is not None and not path.is_file():
         return dict(default)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} cannot be read as JSON: {error}. Fetch or save it anew.") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}; an object is expected.")
-    return value
+    return read_object(path, TokenizerError, "Fetch or save it anew.")
 
 
 def token_text(value: Any) -> str | None:

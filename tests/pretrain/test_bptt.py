@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,22 +14,6 @@ from bildung.pretrain.bptt import Settings, bptt
 from bildung.run.generate import generate
 
 MODEL = {"model_type": "rnn", "cell": "gru", "hidden_size": 48, "embedding_size": 32}
-
-
-@pytest.fixture
-def tokenizer_directory(tiny_lm: bildung.LanguageModel, tmp_path: Path) -> Path:
-    directory = tmp_path / "tokenizer"
-    directory.mkdir()
-    tiny_lm.tokenizer.save(directory)
-    return directory
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    path = tmp_path / "text.jsonl"
-    rows = [{"text": f"the cat number {i % 7} sat on the mat and saw {i % 5} dogs"} for i in range(60)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
 
 
 def settings(text: str, **other: object) -> Settings:

@@ -33,22 +33,6 @@ MODEL = {
 }
 
 
-@pytest.fixture
-def tokenizer_directory(tiny_lm: bildung.LanguageModel, tmp_path: Path) -> Path:
-    directory = tmp_path / "tokenizer"
-    directory.mkdir()
-    tiny_lm.tokenizer.save(directory)
-    return directory
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    path = tmp_path / "text.jsonl"
-    rows = [{"text": f"the cat number {i % 7} sat on the mat and saw {i % 5} dogs"} for i in range(60)]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
-
-
 def as_given(text: str, **other: object) -> dict[str, object]:
     common = {"data": text, "model": MODEL, "steps": 60, "max_length": 64, "batch_size": 4, "held_out": 6}
     return {**common, "precision": "fp32", "learning_rate": 1e-2, **other}

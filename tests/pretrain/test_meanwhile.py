@@ -14,9 +14,8 @@ from bildung.pretrain.causal import Settings, causal
 from bildung.pretrain.meanwhile import check_looks
 from bildung.train.history import METRICS
 from bildung.train.live_page import NAME
-from tests.pretrain.test_size import MODEL, tokenizer_directory
+from tests.pretrain.test_size import MODEL
 
-__all__ = ["tokenizer_directory"]
 CARD = CardSettings(tasks=("capitals",), limit=3, sample_prompts=(), context=48, dtype="float32")
 
 

@@ -34,14 +34,6 @@ MODEL = {
 }
 
 
-@pytest.fixture
-def tokenizer_directory(tiny_lm: bildung.LanguageModel, tmp_path: Path) -> Path:
-    directory = tmp_path / "tokenizer"
-    directory.mkdir()
-    tiny_lm.tokenizer.save(directory)
-    return directory
-
-
 @pytest.mark.parametrize("rows", ["prose", "pairs"])
 def test_it_learns_to_use_what_it_sees_whole(tokenizer_directory: Path, tmp_path: Path, rows: str) -> None:
     path = tmp_path / "data.jsonl"

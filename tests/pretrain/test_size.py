@@ -16,14 +16,6 @@ MODEL = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num
 MODEL |= {"num_attention_heads": 4, "max_position_embeddings": 64}
 
 
-@pytest.fixture
-def tokenizer_directory(tiny_lm: bildung.LanguageModel, tmp_path: Path) -> Path:
-    directory = tmp_path / "tokenizer"
-    directory.mkdir()
-    tiny_lm.tokenizer.save(directory)
-    return directory
-
-
 @pytest.mark.parametrize(
     ("layers", "width", "heads", "forward"),
     [(1, 128, 1, 384), (2, 128, 1, 384), (4, 256, 2, 704), (5, 384, 3, 1024), (12, 768, 6, 2048), (24, 1536, 12, 4096)],

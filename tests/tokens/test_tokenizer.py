@@ -188,7 +188,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (lambda d: (d / "tokenizer.json").write_text((d / "tokenizer.json").read_text()[:500]), "as JSON"),
     "not UTF-8": (lambda d: (d / "tokenizer.json").write_bytes(b"\xff\xfe"), "as JSON"),
     "nested": (lambda d: (d / "tokenizer.json").write_text("[" * 100_000), "as JSON"),
-    "a list": (lambda d: (d / "tokenizer.json").write_text("[]"), "JSON list; an object is expected"),
+    "a list": (lambda d: (d / "tokenizer.json").write_text("[]"), "holds a list; a JSON object is expected"),
     "no model": (lambda d: edit(d / "tokenizer.json", lambda r: r.pop("model")), "not a valid tokenizer"),
     "wrong merges": (
         lambda d: edit(d / "tokenizer.json", lambda r: r["model"]["merges"].append(["zzz", "qqq"])),

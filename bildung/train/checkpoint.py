@@ -10,6 +10,9 @@ go only afterwards. Numbers can rot on a disk all the same, so they are hashed w
 checkpoint it is said what is wrong, and the one before is used. No pickle: reading one runs whatever code it holds.
 Parameters that are not trained are not in it; they come from the model's own directory.
 
+Weights that are infinite or no number are never written: a run would go on from them, and those before be gone. It is
+seen in the copy that is written, so that no step waits for it; the run ends a step later, and says so (finite.py).
+
 Neither is the order of the data nor a random state: both are functions of (seed, step), see data/batches.py and fit.py.
 
 By default a thread writes a copy while training goes on (as torch.distributed.checkpoint's async_save does). A kill
@@ -38,6 +41,7 @@ from bildung.core.progress import size
 from bildung.core.record import hash_file
 from bildung.core.staging import to_disk
 from bildung.train import optimizer_state
+from bildung.train.finite import not_finite, spoiled
 from bildung.train.parts import Parts, held, is_mine_to_write, write
 from bildung.train.shards import local
 
@@ -162,6 +166,9 @@ class Checkpoints:
         told: dict[str, Any] = {"name": part.name, "numbers": numbers}
         error: Exception | None = None
         try:
+            if wrong := not_finite({name: tensor for name, tensor in tensors.items() if name.startswith("model.")}):
+                there = all_in(self.out)
+                raise TrainingError(spoiled(step, wrong, step_of(there[-1]) if there else None))
             being_written.mkdir(parents=True, exist_ok=True)
             write(part, tensors, boxes)
             to_disk(part)

@@ -31,6 +31,7 @@ from bildung.core.progress import progress
 from bildung.core.staging import END
 from bildung.train.ahead import ahead
 from bildung.train.checkpoint import Checkpoints, put, trained
+from bildung.train.finite import not_finite, spoiled
 from bildung.train.history import METRICS, History, Log, read_rows
 from bildung.train.interrupt import CtrlC
 from bildung.train.loss import LossSum, Objective
@@ -99,8 +100,8 @@ def fit(
                  `micro_steps` micro-batches in all, and checkpoints fit any number of ranks
     rank_timeout seconds after which a rank that does not answer is given up (see roll_call.py)
     carried      tensors that the objective hands from each step to the next (see carry.py), kept in checkpoints
-    Raises TrainingError when a step has no target, its loss or gradient is not a finite number, it does not fit into
-    memory, or a rank is missing.
+    Raises TrainingError when a step has no target, its loss, gradient or update is not a finite number, it does not fit
+    into memory, or a rank is missing.
     """
     if steps < 1 or micro_steps < 1:
         raise TrainingError(f"steps = {steps} and micro_steps = {micro_steps} were given; both must be at least 1.")
@@ -153,6 +154,11 @@ def fit(
         newest = saved.newest() if saved is not None else None
         return NONE_KEPT if newest is None else f"What was learned up to step {newest} is kept."
 
+    def what_led_here() -> str:
+        """The same, after a step whose numbers are not finite."""
+        again = " Going on from it with the same settings leads here again."
+        return what_is_kept() + (again if saved is not None and saved.newest() == history.steps else "")
+
     numbers = (step * micro_steps + micro for step in range(history.steps, steps) for micro in mine)
     devices = [parameter.device for parameter in model.parameters() if parameter.is_cuda][:1]
     first = ranks.rank() == 0
@@ -165,7 +171,9 @@ def fit(
         contextlib.closing(ahead(batches, numbers)) as coming,
         answered(datetime.timedelta(seconds=rank_timeout), what_is_kept),
     ):
-        run = Stepper(model, coming, parallel, optimizer, micro_steps, schedule or constant(), clip, seed, what_is_kept)
+        run = Stepper(
+            model, coming, parallel, optimizer, micro_steps, schedule or constant(), clip, seed, what_led_here
+        )
         run.spike, run.scale_loss, run.ctrl_c = spike, scale_loss, ctrl_c
         resumed_at, earlier, start, tidy = history.steps, history.seconds, time.monotonic(), Tidy()
         if history.steps == 0 and evaluate is not None:
@@ -202,6 +210,10 @@ def fit(
                 keep()
         if history.steps > resumed_at and history.steps % max(checkpoint_every, 1):
             keep()
+        if history.steps > resumed_at and not best:
+            wrong = sorted({name for names in ranks.gathered(not_finite(trained(model))) for name in names})
+            if wrong:
+                raise TrainingError(spoiled(history.steps, wrong, saved.newest() if saved is not None else None))
     if best:
         put(model, best)
     model.eval()

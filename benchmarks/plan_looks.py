@@ -23,7 +23,7 @@ OPERATIONS: dict[str, tuple[str, dict[str, str]]] = {  # a name: the verb, and i
     "saliency": ("look saliency", {"prompt": PROMPT}),
     "attribution": ("look attribution", {"prompt": PROMPT}),
     "trace": ("look trace", {"prompt": "The capital of France is", "subject": "France", "sites": "resid_post"}),
-    "patch": ("look patch", {"count": "8", "sites": "resid_pre", "heads": "attn.z", "at": "end"}),
+    "patch": ("look patch", {"count": "8", "attribution": ""}),
     "path_patch": ("look path_patch", {"count": "8"}),
     "circuit": ("look circuit", {"count": "8", "method": "eap", "edges": "100", "knockouts": "1"}),
     "probe": ("look probe", {"data": "nursery:brown", "limit": "100", "seeds": "1", "probes": "linear"}),
@@ -72,14 +72,16 @@ def line(name: str, verb: str, model: Path, given: dict[str, str]) -> str:
 
 
 def parts(key: str, value: str) -> list[str]:
-    """A value as words of a command line: lists stand apart."""
+    """A value as words of a command line: lists stand apart, and what is only switched on has none."""
+    if not value:
+        return []
     return value.split() if key in ("sites", "heads", "at", "layers", "adapters", "probes") else [value]
 
 
 def planned(verb: str, model: Path, given: dict[str, str]) -> dict[str, Any]:
     """The plan's peak and parts, found in a process of its own."""
     lists = {"sites", "heads", "at", "layers", "adapters", "probes"}
-    values = {key: parts(key, value) if key in lists else value for key, value in given.items()}
+    values = {key: parts(key, value) if key in lists else value or True for key, value in given.items()}
     code = (
         "import json, sys; from pathlib import Path; from bildung.app.plan_passing import looked\n"
         f"made = looked({verb!r}, Path({str(model)!r}), {values!r})\n"

@@ -87,8 +87,7 @@ def planned(settings: Command, source: Path, room: int, on_accelerator: bool, co
 
     operation, values = settings.operation, words(settings.given)
     if operation in plan_plain.PLAIN:
-        find(operation, verbs()).load()
-        console.print("\n".join(plan_plain.lines(operation)), markup=False, soft_wrap=True)
+        console.print("\n".join(plan_plain.lines(operation, source)), markup=False, soft_wrap=True)
         return True
     if operation in plan_using.OPERATIONS:
         return using(settings, source, room, console)

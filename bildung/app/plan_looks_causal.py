@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bildung.app.plan_passes import Look, Pass, told
+from bildung.app.plan_passes import PICTURE, Look, Pass, told
 from bildung.app.plan_using import file_bytes
 from bildung.core.operation import Job
 from bildung.look.asked import asked
@@ -85,7 +85,8 @@ def patch_passes(look: Look) -> list[Pass]:
 
         runs = 4 if given.attribution else 3 + len(names) * columns
         what = f"{site} patched in {rows} prompts of {length} tokens"
-        found.append(Pass(what, run, runs * len(batches)))
+        found.append(Pass(what, run, runs * len(batches), back=given.attribution))
+    look.later["the picture"] = PICTURE
     return found
 
 
@@ -130,6 +131,7 @@ def graph_passes(look: Look) -> list[Pass]:
         made = experiment(lms)
         return made, made.value(made.no_cut())
 
+    look.later["the picture"] = PICTURE
     known = 4 * len(batches)  # what is written on both prompts, and the metric with nothing and with all cut
     if not hasattr(given, "method"):
         return [Pass(f"{what}, a sender's edges cut", sender_run, known + nodes * len(batches), runs=5)]
@@ -139,7 +141,7 @@ def graph_passes(look: Look) -> list[Pass]:
     measured = 2 + 2 * given.knockouts + (given.edges if given.minimal else 0)
     tries = given.faithful is not None or given.method == "acdc"  # only the search says how many
     times = None if tries else known + (3 * steps + measured) * len(batches)  # back is as much as two passes
-    return [Pass(f"{what}, and back, for the gradient of every edge", scores_run, times, runs=7)]
+    return [Pass(f"{what}, and back, for the gradient of every edge", scores_run, times, runs=7, back=True)]
 
 
 def compare_passes(look: Look) -> list[Pass]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bildung.app.plan_passes import Look, Pass
+from bildung.app.plan_passes import PICTURE, Look, Pass
 from bildung.data.tagged import read_tagged
 from bildung.data.text import documents
 from bildung.look.asked import stack_in
@@ -78,23 +78,24 @@ def probe_passes(look: Look) -> list[Pass]:
         reads = word_units(lm, sentences, given.piece or "last", longest).reads
     else:
         reads = text_units(lm, read_texts(given)[0], given.piece or "mean", longest).reads
-    at_once, most = [], 0
-    for length, some in itertools.groupby(sorted(reads, key=lambda one: len(one.tokens)), lambda one: len(one.tokens)):
-        rows = list(some)[: max(1, activations.BATCH_TOKENS // length)]
-        if len(rows) * length > most:
-            at_once, most = rows, len(rows) * length
+    reads = sorted(reads, key=lambda one: len(one.tokens))
+    rows, length, batches = largest_batch([len(one.tokens) for one in reads], activations.BATCH_TOKENS)
+    last = max(n for n, one in enumerate(reads) if len(one.tokens) == length)
+    at_once = reads[max(0, last + 1 - rows) : last + 1]
     count, item = sum(len(one.picks) for one in reads), lm.model.dtype.itemsize
+    look.later["the picture"] = PICTURE
     widths = {site: numbers_at(lm, site) for site in chosen}
-    vectors = sum(count * width * item for width in widths.values())
-    look.parts["vectors of all texts"] = vectors  # in memory, or in files that are mapped
-    look.later["one site's vectors, while a probe trains"] = int(PROBE * count * max(widths.values()) * 4)
+    twice = min(2, batches)  # a batch is read beside what is left of the one before
+    others = max(0, count - twice * sum(len(one.picks) for one in at_once))  # those of the pass are made in it
+    look.parts["vectors of the other texts"] = others * sum(widths.values()) * item  # in memory, or mapped from files
+    look.later["the vectors"] = (count - others) * sum(widths.values()) * item
+    look.later["one site's, while a probe trains"] = int(PROBE * count * max(widths.values()) * 4)
 
     def run(lms: list[LanguageModel]) -> Any:
-        return activations.collect(lms[0], at_once, chosen)
+        return activations.collect(lms[0], at_once * twice, chosen)
 
-    batches = -(-sum(len(one.tokens) for one in reads) // max(1, most))
-    what = f"{len(at_once)} texts, {most:,} tokens in all, {len(chosen)} sites kept (training the probes comes on top)"
-    return [Pass(what, run, batches)]
+    what = f"{len(at_once)} texts of {length} tokens, {len(chosen)} sites kept (training the probes comes on top)"
+    return [Pass(what, run, batches, runs=twice)]
 
 
 def cache_passes(look: Look) -> list[Pass]:
@@ -182,7 +183,9 @@ def gradient_distance_passes(look: Look) -> list[Pass]:
         for lm in lms:
             gradient_norms(lm, torch.zeros(given.rows, given.length + 1, dtype=torch.long))
 
-    return [Pass(f"{given.rows} rows of {given.length} tokens and back to their vectors, by each model", run)]
+    return [
+        Pass(f"{given.rows} rows of {given.length} tokens and back to their vectors, by each model", run, back=True)
+    ]
 
 
 def steering_passes(look: Look) -> list[Pass]:
@@ -249,4 +252,4 @@ def tuned_lens_passes(look: Look) -> list[Pass]:
             loss.backward()
         one.model.compute_dtype = before
 
-    return [Pass(f"a step on {given.rows} rows of {given.length} tokens, all layers", run, given.steps)]
+    return [Pass(f"a step on {given.rows} rows of {given.length} tokens, all layers", run, given.steps, back=True)]

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from bildung.app.plan_passes import Look, Pass, told
+from bildung.app.plan_passes import PICTURE, Look, Pass, told
 from bildung.app.plan_using import packed_bytes
 from bildung.core.errors import DataError, SettingsError
 from bildung.data.image_processor import read_processor
 from bildung.look.asked import asked, stack_in, stack_prefix
-from bildung.look.attention import PICTURE
+from bildung.look.attention import PICTURE as PICTURE_SIDE
 from bildung.look.attention_heads.attention_patterns import attention_patterns, moved, pooled
 from bildung.look.attribution import attribute
 from bildung.look.causal.causal_trace import WINDOWED, span_of
@@ -41,6 +41,7 @@ from bildung.model.store import LanguageModel
 from bildung.model.taps import intervene, observe, sites
 
 SOURCE = 32  # tokens of a source that nobody gave
+DRAWN = 100  # bytes that drawing takes for each point of a picture
 
 
 def attention_passes(look: Look) -> list[Pass]:
@@ -57,9 +58,15 @@ def attention_passes(look: Look) -> list[Pass]:
             seen.append(attention_patterns(reader, read, max_tokens=len(read)))
         scores = [one.scores() for one in seen]
         if len(seen) > 1:
-            return seen, scores, moved(*seen), pooled(seen[1].probs_NHLS - seen[0].probs_NHLS, PICTURE)
-        return seen, scores, pooled(seen[0].probs_NHLS, PICTURE)
+            return seen, scores, moved(*seen), pooled(seen[1].probs_NHLS - seen[0].probs_NHLS, PICTURE_SIDE)
+        return seen, scores, pooled(seen[0].probs_NHLS, PICTURE_SIDE)
 
+    config = lms[0].config
+    heads = config.num_hidden_layers * config.num_attention_heads
+    patterns = len(lms) * heads * len(ids) ** 2 * 4
+    side = min(len(ids), PICTURE_SIDE)
+    drawn = int(heads * (side + max(1, side // 12)) ** 2 * DRAWN)  # every head's square and the gap beside it
+    look.later |= {"patterns": patterns, "the page": patterns, "the picture": PICTURE + drawn}
     return [Pass(f"one text of {len(ids)} tokens, every head's pattern kept", run)]
 
 
@@ -81,6 +88,7 @@ def logit_lens_passes(look: Look) -> list[Pass]:
         return logit_lens(told_all[0][0], read, max_tokens=len(read))
 
     layers = lms[0].config.num_hidden_layers
+    look.later["the picture"] = PICTURE
     return [Pass(f"one text of {len(ids)} tokens, its stream unembedded after each of {layers} layers", run)]
 
 
@@ -100,7 +108,8 @@ def saliency_passes(look: Look) -> list[Pass]:
 
         times = math.ceil(given.points / AT_ONCE) if method == "integrated_gradients" else 1
         rows = f"{min(AT_ONCE, given.points)} points of the path at a time, " if times > 1 else ""
-        found.append(Pass(f"{method.replace('_', ' ')}: {rows}one text of {len(ids)} tokens", run, times))
+        what = f"{method.replace('_', ' ')}: {rows}one text of {len(ids)} tokens"
+        found.append(Pass(what, run, times, back=method != "rollout"))
     return found
 
 
@@ -160,6 +169,7 @@ def trace_passes(look: Look) -> list[Pass]:
             last_logits(model, tokens_1L.expand(given.samples, -1)).float().softmax(-1)
         return vectors_VD
 
+    look.later["the picture"] = PICTURE
     times = 1 + sum(len(names) * len(ids) for names in places.values())
     what = f"{given.samples} rows of noise, {len(ids)} tokens; a run for each of {len(places)} sites, layer and token"
     return [Pass(what, run, times)]
@@ -187,6 +197,7 @@ def patchscope_passes(look: Look) -> list[Pass]:
             return patchscope(into, target.tokens, target, [type(cells[0])(0, 0, 0)] * min(ROWS, len(cells)))
         return patchscope(source, ids, target, cells, into=into)
 
+    look.later["the picture"] = PICTURE
     _, into, target, cells = prepared(look.lms)
     found = [Pass(f"{len(cells)} runs of {len(target.tokens)} tokens, {min(ROWS, len(cells))} at a time", run)]
     if given.new_tokens and hasattr(into.model, "kv_cache"):

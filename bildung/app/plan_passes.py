@@ -13,9 +13,11 @@ models with their numbers, is what is timed.
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,11 @@ from bildung.train.ledger import Ledger, paper_of, without_numbers
 from bildung.train.plan import HOLES
 
 PROMPT = 64  # tokens of a prompt that nobody gave
+FORWARD = 10_000_000
+"""Bytes of the CPU's kernels where nothing goes back, in float32 (train/plan.py's KERNELS: where something does)."""
+PICTURE = 60_000_000  # bytes that matplotlib takes to draw a PNG of usual size
+APART = 2**25  # bytes of a block from which on glibc maps it apart, at the latest
+LARGE = "large tables"
 aten = torch.ops.aten
 
 
@@ -62,6 +69,7 @@ class Pass:
     run: Callable[[list[LanguageModel]], Any]
     times: int | None = 1
     runs: int = 1  # passes that `run` makes
+    back: bool = False  # gradients are worked out
 
 
 @dataclasses.dataclass
@@ -131,6 +139,23 @@ def paper_model(
     return made
 
 
+@cache
+def own_bytes(module: str, source: Path) -> int:
+    """Bytes of a process that has imported a verb's module and a tokenizer, and nothing that plans: such a process is
+    started, and asked."""
+    code = (
+        "import importlib, sys, psutil, bildung.app.cli\n"
+        "from pathlib import Path\n"
+        "importlib.import_module(sys.argv[1])\n"
+        "if Path(sys.argv[2], 'tokenizer.json').exists():\n"
+        "    from bildung.tokens.tokenizer import Tokenizer\n"
+        "    kept = Tokenizer.load(Path(sys.argv[2]))\n"
+        "print(psutil.Process().memory_info().rss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, module, source], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
 def stored_type(directory: Path) -> torch.dtype:
     """The type of most numbers in a directory's files."""
     counts: dict[torch.dtype, int] = {}
@@ -152,7 +177,8 @@ def weight_bytes(path: Path, lm: LanguageModel, dtype: str | None) -> int:
 
 
 def fullest(lms: list[LanguageModel], passes: Sequence[Pass]) -> dict[str, int]:
-    """Bytes of what the fullest of the passes makes and keeps, by kind."""
+    """Bytes of what the fullest of the passes makes and keeps, by kind. Blocks that the C library maps apart leave no
+    holes (train/plan.py)."""
     best: dict[str, int] = {}
     for one in passes:
         vocabulary = {lm.config.vocab_size for lm in lms if hasattr(lm.config, "vocab_size")}
@@ -160,12 +186,15 @@ def fullest(lms: list[LanguageModel], passes: Sequence[Pass]) -> dict[str, int]:
         with torch.random.fork_rng(devices=[]), ledger:
             kept = one.run(lms)
         del kept
-        found = {name: int(count * (1 + HOLES)) for name, count in ledger.fullest.items()}
+        found = {name: int(count) for name, count in ledger.fullest.items()}
+        found["holes"] = int(HOLES * sum(count for name, count in found.items() if name != LARGE))
         best = max(best, found, key=lambda parts: sum(parts.values()))
     return best
 
 
 def _kind(vocabulary: set[int], tensor: Tensor) -> str:
+    if tensor.untyped_storage().nbytes() >= APART:
+        return LARGE
     return "logits" if tensor.ndim > 1 and tensor.shape[-1] in vocabulary else "activations"
 
 

@@ -9,7 +9,6 @@ The settings are the operation's own. For what was not given and cannot be left 
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from rich.console import Console
 
 from bildung.app.plan_holding import HOLDING
 from bildung.app.plan_looking import INDEX, LOOKS
-from bildung.app.plan_passes import PROMPT, Look, Pass, fullest, seconds_of
+from bildung.app.plan_passes import FORWARD, PROMPT, Look, Pass, fullest, own_bytes, seconds_of
 from bildung.app.plan_tables import parts_table
+from bildung.app.plan_using import base_of
 from bildung.core.errors import SettingsError
-from bildung.core.hardware import give_back_memory
 from bildung.core.progress import duration, size
 from bildung.core.settings import resolve
 from bildung.core.verbs import find, verbs
+from bildung.model.adapter_file import CONFIG as ADAPTER
 from bildung.model.count import count, totals
 from bildung.train.plan import KERNELS
 
@@ -93,9 +93,9 @@ def looked(operation: str, source: Path, values: Mapping[str, Any], length: int 
     given, assumed = settings_for(operation, values)
     look = Look(source, given, assumed, length)
     passes = PASSING[operation](look)
-    gc.collect()
-    give_back_memory()
-    runtime = int(psutil.Process().memory_info().rss) + KERNELS  # with the tokenizer and what else the look imports
+    kernels = KERNELS if any(one.back for one in passes) else FORWARD if passes else 0
+    place = base_of(source) if (source / ADAPTER).exists() else source
+    runtime = own_bytes(find(operation, verbs()).load().__name__, place) + kernels
     found = max(fullest(look.lms, passes), look.later, key=lambda parts: sum(parts.values()))
     parts = {name: bytes_ for name, bytes_ in {**look.parts, **found}.items() if bytes_}
     return [Looked(look, passes, {**parts, "runtime": runtime})]

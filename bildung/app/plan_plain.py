@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
-import psutil
-
+from bildung.app.plan_passes import own_bytes
 from bildung.core.progress import size
+from bildung.core.verbs import find, verbs
 
 PLAIN: Mapping[str, str] = {
     "compare": "It reads two records and no weights; its memory grows with their cards.",
@@ -27,10 +28,10 @@ PLAIN: Mapping[str, str] = {
 }
 
 
-def lines(operation: str) -> list[str]:
+def lines(operation: str, source: Path) -> list[str]:
     """What is to be said of such a command."""
-    own = int(psutil.Process().memory_info().rss)
+    own = own_bytes(find(operation, verbs()).load().__name__, source)
     return [
         f"  It holds no model. {PLAIN[operation]}",
-        f"  The process itself takes about {size(own)} (this one's size, with the same code loaded).",
+        f"  The process itself takes about {size(own)} with its code loaded.",
     ]

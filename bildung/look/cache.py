@@ -105,6 +105,7 @@ def _fill(lm: LanguageModel, texts: list[list[int]], starts: np.ndarray, setting
                     files[site] = open_memmap(out / f"{site}.npy", mode="w+", dtype=settings.dtype, shape=shape)
                 at = first if per_text[site] else int(starts[first])
                 files[site][at : at + len(rows)] = rows
+            seen.clear()  # or the next batch is read beside it
             for file in files.values():
                 file.flush()
             (out / PROGRESS).write_text(json.dumps({"texts": last}))  # after the numbers, so it never promises too much

@@ -10,6 +10,7 @@ import pytest
 import bildung
 from bildung.app import plan_plain, plan_several, plan_using
 from bildung.app.cli import run
+from bildung.app.plan_passes import fullest, own_bytes
 from bildung.app.plan_passing import PASSING, looked, smaller
 from bildung.core.errors import SettingsError
 from bildung.core.staging import INPUTS
@@ -44,6 +45,14 @@ def test_every_verb_has_a_plan_of_some_kind() -> None:
         planned = sum(name in kind for kind in kinds)
         settings = getattr(verb.load(), "Settings", object)
         assert planned == 1 or (planned == 0 and issubclass(settings, Training)), name
+
+
+@pytest.fixture(autouse=True)
+def no_other_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How large a process is that has imported a verb is asked of one, which takes seconds."""
+    if request.node.name != "test_the_process_itself":
+        for module in ("plan_passing", "plan_plain"):
+            monkeypatch.setattr(f"bildung.app.{module}.own_bytes", lambda *_: 10**8)
 
 
 @pytest.fixture(scope="module")
@@ -122,14 +131,16 @@ def test_patterns_by_hand(tiny_lm_directory: Path) -> None:
     patterns = 2 * 4 * 64 * 64 * 4
     one = looked("look attention", tiny_lm_directory, {})[0]
     short = looked("look attention", tiny_lm_directory, {}, length=16)[0]
-    longer = one.parts["activations"] - short.parts["activations"]
-    assert 2 * patterns * 15 / 16 < longer / 1.3 < 3 * patterns
+    longer, shorter = (fullest(made.look.lms, made.passes)["activations"] for made in (one, short))
+    assert 2 * patterns * 15 / 16 < longer - shorter < 3 * patterns
+    assert one.parts["patterns"] == patterns  # while they are drawn
     assert one.look.said == ["prompt: 64 tokens"]
     real = looked("look attention", tiny_lm_directory, {"prompt": PROMPT})[0]
     assert real.passes[0].what.startswith(f"one text of {len(tiny_tokenizer().encode(PROMPT))} tokens")
     two = looked("look attention", tiny_lm_directory, {"against": str(tiny_lm_directory)})[0]
     assert two.parts["weights"] == 2 * one.parts["weights"]
-    assert two.parts["activations"] > one.parts["activations"] + patterns
+    assert two.parts["patterns"] == 2 * patterns
+    assert fullest(two.look.lms, two.passes)["activations"] == longer + patterns  # the first are kept
 
 
 def test_what_settings_say_is_counted(tiny_lm_directory: Path, tmp_path: Path) -> None:
@@ -166,3 +177,11 @@ def test_time_of_passes(tiny_lm_directory: Path, capsys: pytest.CaptureFixture[s
     words = ["--given", "prompt=The capital of France is", "subject=France", "sites=[resid_post]"]
     run(["plan", "look trace", str(tiny_lm_directory), "--seconds", "0.01", *words])
     assert "s a pass, " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_the_process_itself(tiny_lm_directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["plan", "look curves", str(tiny_lm_directory), "--seconds", "0"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "holds no model" in shown and "The process itself takes about" in shown
+    assert 10**7 < own_bytes("bildung.core.progress", tiny_lm_directory) < 10**9

@@ -113,14 +113,14 @@ def test_a_killed_sequence_goes_on_in_the_task_it_was_in(
     first = (partial / "1-pets" / "record.json").stat()
     assert not (tmp_path / "out").exists() and (partial / "2-times.partial").exists()
     learned: list[int] = []
-    step = sequence.run
+    step = sequence.run_within_budget
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         history = step(*args, **kwargs)
         learned.append(history.steps)
         return history
 
-    monkeypatch.setattr(sequence, "run", counted)
+    monkeypatch.setattr(sequence, "run_within_budget", counted)
     record = train(encoder, tmp_path / "out", settings)
     again = (tmp_path / "out" / "1-pets" / "record.json").stat()
     assert (again.st_ino, again.st_mtime_ns) == (first.st_ino, first.st_mtime_ns) and learned == [12]

@@ -112,7 +112,7 @@ def export(look: Look) -> list[Pass]:
     target = place.with_name(place.name.removesuffix(".partial"))
     model = model_of(operation, Path(target / source["path"]).resolve() if source else target, given)
     held = {id(one): one for one in model.parameters()}.values()
-    look.say(f"a run of {operation}")
+    look.remarks.append(f"a run of {operation}")
     look.parts["weights"] = sum(one.nbytes for one in held)
     look.parts["optimizer"] = state_bytes(model, given.optimizer, given.weights, given.page_budget * 1e6)
     look.parts["the checkpoint, as it is read"] = sum(one.nbytes for one in held if one.requires_grad)
@@ -147,7 +147,7 @@ def self_instruct(look: Look) -> list[Pass]:
     """`self-instruct`: the longer of its prompts, a batch of them."""
     given = look.given
     if given.endpoint:
-        look.say("a server writes: no model is held here")
+        look.remarks.append("a server writes: no model is held here")
         return []
     lm = look.read(look.source)
     seeds, _ = read_seeds(given.seeds)
@@ -158,7 +158,7 @@ def self_instruct(look: Look) -> list[Pass]:
     ]
     prompt = max(len(encode_prompt(lm, one, given.chat)) for one in prompts)
     prompt = min(prompt, lm.config.max_position_embeddings - given.new_tokens)
-    look.say("how many prompts it takes until enough is kept depends on what the model writes")
+    look.remarks.append("how many prompts it takes until enough is kept depends on what the model writes")
     return [writing(look, 0, given.batch_size, max(1, prompt), given.new_tokens)]
 
 

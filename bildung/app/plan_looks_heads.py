@@ -103,7 +103,7 @@ def induction_passes(look: Look) -> list[Pass]:
         repeats = repeated_tokens(one, stretch=stretch, rows=given.rows, seed=given.seed)
         return layers, head_scores(one, repeats, layers)
 
-    look.say("how many heads lie below the induction head, each of which is ablated, is known when it is found")
+    look.remarks.append("how many heads lie below the induction head, to be ablated, is known when it is found")
     return [Pass(f"{given.rows} rows of {2 * stretch} random tokens, and the weights of all heads", run, None)]
 
 
@@ -124,7 +124,7 @@ def in_context_passes(look: Look) -> list[Pass]:
     mean = sum(map(length, some)) / max(1, len(some))
     shared = min(round(mean * max(given.shots)), lm.config.max_position_embeddings - QUESTIONS // 8)
     tokens = sum(map(length, asked)) + (len(CONTENT_FREE) * round(mean) if given.calibrate else 0)
-    look.say(f"the examples take about {mean:.0f} tokens each")
+    look.remarks.append(f"the examples take about {mean:.0f} tokens each")
 
     @torch.no_grad()
     def run(lms: list[LanguageModel]) -> Any:

@@ -83,7 +83,8 @@ class Look:
     lms: list[LanguageModel] = dataclasses.field(default_factory=list)
     parts: dict[str, int] = dataclasses.field(default_factory=dict)  # bytes that are there in every pass
     later: dict[str, int] = dataclasses.field(default_factory=dict)  # bytes that are there when the passes are over
-    said: list[str] = dataclasses.field(default_factory=list)
+    said: list[str] = dataclasses.field(default_factory=list)  # what stands in for what
+    remarks: list[str] = dataclasses.field(default_factory=list)
     loaders: list[Callable[[], LanguageModel]] = dataclasses.field(default_factory=list)
 
     def read(self, path: Path, dtype: str | None = None, precise: bool = False) -> LanguageModel:

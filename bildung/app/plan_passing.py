@@ -127,6 +127,8 @@ def passing(
         )
     for line in dict.fromkeys(said for one in every for said in one.look.said):
         console.print(f"  assumed: {line}", markup=False, soft_wrap=True)
+    for line in dict.fromkeys(remark for one in every for remark in one.look.remarks):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
     for one in every:
         for part in one.passes:
             console.print(f"  {part.what}", markup=False, soft_wrap=True)

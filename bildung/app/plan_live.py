@@ -39,9 +39,10 @@ def of_recipe(path: Path, room: int, on_accelerator: bool, console: Console) -> 
         console.print("No step can be planned before the first of them is made: `bildung adopt` it, and plan again.")
         return True
     name = max(peaks, key=lambda one: peaks[one])
+    of = "" if len(peaks) == len(recipe.steps) else " of those that can be planned now"
     fits = peaks[name] <= room
     short = f"fits {size(room)}" if fits else f"is too large for {size(room)}; `bildung plan` of it says what would fit"
-    console.print(f"The largest step, {name}, {short} (peak {size(peaks[name])}).", markup=False, soft_wrap=True)
+    console.print(f"The largest step{of}, {name}, {short} (peak {size(peaks[name])}).", markup=False, soft_wrap=True)
     return fits
 
 

@@ -83,7 +83,7 @@ def planned(verb: str, model: Path, given: dict[str, str]) -> dict[str, Any]:
     lists = {"sites", "heads", "at", "layers", "adapters", "probes"}
     values = {key: parts(key, value) if key in lists else value or True for key, value in given.items()}
     code = (
-        "import json, sys; from pathlib import Path; from bildung.app.plan_passing import looked\n"
+        "import json, sys; from pathlib import Path; from bildung.app.planning.passing import looked\n"
         f"made = looked({verb!r}, Path({str(model)!r}), {values!r})\n"
         "best = max(made, key=lambda one: one.peak_bytes)\n"
         "print(json.dumps({'peak': best.peak_bytes, 'parts': best.parts}))"

@@ -60,7 +60,7 @@ def command(settings: Command) -> None:
     """`bildung plan OPERATION SOURCE`."""
     import torch
 
-    from bildung.app.plan_live import of_recipe
+    from bildung.app.planning.live import of_recipe
     from bildung.train.memory import room_of
 
     if wrong := [count for count in settings.ranks if count < 1]:
@@ -82,27 +82,27 @@ def command(settings: Command) -> None:
 
 def planned(settings: Command, source: Path, room: int, on_accelerator: bool, console: Console) -> bool:
     """The plan of one operation, printed; whether it fits."""
-    from bildung.app import plan_plain, plan_several, plan_using
-    from bildung.app.plan_passing import PASSING, passing
+    from bildung.app.planning import plain, several, using
+    from bildung.app.planning.passing import PASSING, passing
 
     operation, values = settings.operation, words(settings.given)
-    if operation in plan_plain.PLAIN:
-        console.print("\n".join(plan_plain.lines(operation, source)), markup=False, soft_wrap=True)
+    if operation in plain.PLAIN:
+        console.print("\n".join(plain.lines(operation, source)), markup=False, soft_wrap=True)
         return True
-    if operation in plan_using.OPERATIONS:
-        return using(settings, source, room, console)
+    if operation in using.OPERATIONS:
+        return untrained(settings, source, room, console)
     if operation in PASSING or operation == "look index":
         return passing(operation, source, values, room, settings.seconds, console)
-    if operation in plan_several.SEVERAL:
-        return several(settings, source, room, on_accelerator, console)
+    if operation in several.SEVERAL:
+        return several_times(settings, source, room, on_accelerator, console)
     return training(settings, source, room, on_accelerator, console)
 
 
 def training(settings: Command, source: Path, room: int, on_accelerator: bool, console: Console) -> bool:
     """The plan of an operation that trains; whether it fits as it was given."""
-    from bildung.app.plan_advice import devices, in_words, what_fits
-    from bildung.app.plan_tables import arithmetic, parts_table, ranks_table, textbook_table, time_line
-    from bildung.app.plan_training import subject
+    from bildung.app.planning.advice import devices, in_words, what_fits
+    from bildung.app.planning.tables import arithmetic, parts_table, ranks_table, textbook_table, time_line
+    from bildung.app.planning.training import subject
 
     operation, values = settings.operation, words(settings.given)
     planned = subject(operation, source, settings_of(operation, values), read_data="data" in values)
@@ -143,9 +143,9 @@ def training(settings: Command, source: Path, room: int, on_accelerator: bool, c
 
 
 def planner(source: Path, on_accelerator: bool) -> Any:
-    """(operation, settings) -> peak bytes, for plan_advice.what_fits."""
-    from bildung.app.plan_training import subject
-    from bildung.app.plan_using import BITS
+    """(operation, settings) -> peak bytes, for advice.what_fits."""
+    from bildung.app.planning.training import subject
+    from bildung.app.planning.using import BITS
 
     known: dict[Any, Any] = {}  # steps on paper; the optimizer is no part of them
 
@@ -175,13 +175,13 @@ def common(given: Any, kind: type) -> dict[str, Any]:
     return {name: value for name, value in as_dict(given).items() if name in shared and name != "learning_rate"}
 
 
-def several(settings: Command, source: Path, room: int, on_accelerator: bool, console: Console) -> bool:
+def several_times(settings: Command, source: Path, room: int, on_accelerator: bool, console: Console) -> bool:
     """The plan of an operation that trains several times; whether the largest training fits."""
-    from bildung.app import plan_several
-    from bildung.app.plan_tables import parts_table, steps_seconds
+    from bildung.app.planning import several
+    from bildung.app.planning.tables import parts_table, steps_seconds
 
-    given = plan_several.with_stand_ins(find(settings.operation, verbs()).load().Settings, words(settings.given))
-    made = plan_several.trainings(settings.operation, source, given)
+    given = several.with_stand_ins(find(settings.operation, verbs()).load().Settings, words(settings.given))
+    made = several.trainings(settings.operation, source, given)
     peaks: dict[str, int] = {}
     largest: dict[str, int] = {}
     for one in made:
@@ -191,7 +191,7 @@ def several(settings: Command, source: Path, room: int, on_accelerator: bool, co
         steps = "" if one.steps is None else f", {one.steps:,} steps"
         console.print(f"  {one.name}: peak {size(peaks[one.name])}{steps}", markup=False)
     console.print(parts_table(largest))
-    if said := plan_several.beside_in_words(given):
+    if said := several.beside_in_words(given):
         console.print(f"  {said}", markup=False)
     peak = max(peaks.values())
     if peak <= room:
@@ -203,7 +203,7 @@ def several(settings: Command, source: Path, room: int, on_accelerator: bool, co
         console.print(f"What fits: {', '.join(left)}." if left else "Give a smaller batch_size or max_length.")
     if settings.seconds and peak < psutil.virtual_memory().available:
         parts_of_time = [steps_seconds(one.planned, settings.seconds / len(made)) for one in made]
-        if plan_several.steps_of(made) is None:
+        if several.steps_of(made) is None:
             shown = ", ".join(f"{one.name} {took:.2g} s a step" for one, took in zip(made, parts_of_time, strict=True))
             console.print(f"{shown}; how many steps the data says", markup=False, soft_wrap=True)
         else:
@@ -212,11 +212,11 @@ def several(settings: Command, source: Path, room: int, on_accelerator: bool, co
     return peak <= room
 
 
-def using(settings: Command, source: Path, room: int, console: Console) -> bool:
+def untrained(settings: Command, source: Path, room: int, console: Console) -> bool:
     """The plan of an operation that trains nothing; whether it fits."""
-    from bildung.app.plan_tables import arithmetic, parts_table
-    from bildung.app.plan_training import runtime
-    from bildung.app.plan_using import base_of, use, using_less
+    from bildung.app.planning.tables import arithmetic, parts_table
+    from bildung.app.planning.training import runtime
+    from bildung.app.planning.using import base_of, use, using_less
     from bildung.model.config import read_config
     from bildung.model.count import on_paper
 
@@ -251,7 +251,7 @@ def words(given: tuple[str, ...]) -> dict[str, Any]:
 
 def settings_of(operation: str, values: dict[str, Any]) -> Any:
     """The settings of a training operation, with some data and words where none are given. Raises SettingsError."""
-    from bildung.app.plan_several import with_stand_ins
+    from bildung.app.planning.several import with_stand_ins
     from bildung.train.ranges import check_numbers
     from bildung.train.training import Training
 

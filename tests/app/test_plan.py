@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from bildung.app import plan_using
 from bildung.app.cli import run
 from bildung.app.plan import bytes_of, settings_of, words
-from bildung.app.plan_advice import devices, in_words, what_fits
-from bildung.app.plan_tables import arithmetic
-from bildung.app.plan_training import subject
+from bildung.app.planning import using
+from bildung.app.planning.advice import devices, in_words, what_fits
+from bildung.app.planning.tables import arithmetic
+from bildung.app.planning.training import subject
 from bildung.compress.quantize import Settings as Quantize
 from bildung.compress.quantize import quantize
 from bildung.core.errors import DataError, SettingsError
@@ -92,17 +92,17 @@ def test_every_operation_that_trains(
 def test_every_operation_that_does_not(
     tiny_lm: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_lora: Path
 ) -> None:
-    for operation in plan_using.OPERATIONS:
+    for operation in using.OPERATIONS:
         source = tiny_lora if operation == "merge" else tiny_lm.path
         shown = planned(capsys, operation, str(source))
         assert f"{operation} from" in shown and "weights" in shown and "It fits" in shown
-    small = plan_using.use("generate", tiny_lm.path, {"prompt": 16, "new_tokens": 16}, 0)
-    large = plan_using.use("generate", tiny_lm.path, {"prompt": 16, "new_tokens": 16, "rows": 4}, 0)
+    small = using.use("generate", tiny_lm.path, {"prompt": 16, "new_tokens": 16}, 0)
+    large = using.use("generate", tiny_lm.path, {"prompt": 16, "new_tokens": 16, "rows": 4}, 0)
     # 2 (keys and values) · 2 layers · 2 heads · 32 tokens · 8 · 4 bytes
     assert small.parts["keys and values"] == 2 * 2 * 2 * 32 * 8 * 4
     assert large.parts["keys and values"] == 4 * small.parts["keys and values"]
     with pytest.raises(SettingsError, match="'temperature' says nothing about the memory of 'generate'"):
-        plan_using.use("generate", tiny_lm.path, {"temperature": 1}, 0)
+        using.use("generate", tiny_lm.path, {"temperature": 1}, 0)
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_a_sharing_that_was_asked_for_counts(
     tiny_lm: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two devices with zero3 are enough: exit code 0 where zero3 is a setting."""
-    monkeypatch.setattr("bildung.app.plan_advice.what_fits", lambda *_: None)
+    monkeypatch.setattr("bildung.app.planning.advice.what_fits", lambda *_: None)
     values = {"batch_size": 1, "max_length": 16, "parallel": "zero3"}
     made = subject("tune full", tiny_lm.path, settings_of("tune full", values)).plan(True)
     words = (f"{name}={value}" for name, value in values.items())

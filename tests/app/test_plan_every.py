@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import bildung
-from bildung.app import plan_plain, plan_several, plan_using
 from bildung.app.cli import run
-from bildung.app.plan_passes import fullest, own_bytes
-from bildung.app.plan_passing import PASSING, looked, smaller
+from bildung.app.planning import plain, several, using
+from bildung.app.planning.passes import fullest, own_bytes
+from bildung.app.planning.passing import PASSING, looked, smaller
 from bildung.core.errors import SettingsError
 from bildung.core.staging import INPUTS
 from bildung.core.verbs import verbs
@@ -40,7 +40,7 @@ VIT = {
 
 
 def test_every_verb_has_a_plan_of_some_kind() -> None:
-    kinds = [plan_plain.PLAIN, plan_using.OPERATIONS, PASSING, plan_several.SEVERAL, ("live", "look index")]
+    kinds = [plain.PLAIN, using.OPERATIONS, PASSING, several.SEVERAL, ("live", "look index")]
     for name, verb in verbs().items():
         planned = sum(name in kind for kind in kinds)
         settings = getattr(verb.load(), "Settings", object)
@@ -51,8 +51,8 @@ def test_every_verb_has_a_plan_of_some_kind() -> None:
 def no_other_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """How large a process is that has imported a verb is asked of one, which takes seconds."""
     if request.node.name != "test_the_process_itself":
-        for module in ("plan_passing", "plan_plain"):
-            monkeypatch.setattr(f"bildung.app.{module}.own_bytes", lambda *_: 10**8)
+        for module in ("passing", "plain"):
+            monkeypatch.setattr(f"bildung.app.planning.{module}.own_bytes", lambda *_: 10**8)
 
 
 @pytest.fixture(scope="module")

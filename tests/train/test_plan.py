@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bildung.app.plan_training import text
+from bildung.app.planning.training import text
 from bildung.core.hardware import Tidy
 from bildung.model.build import build
 from bildung.model.config import from_dict

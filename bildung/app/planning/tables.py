@@ -10,7 +10,7 @@ from rich.table import Table
 from bildung.core.progress import duration, size
 
 if TYPE_CHECKING:
-    from bildung.app.plan_training import Subject
+    from bildung.app.planning.training import Subject
     from bildung.train.plan import Plan
 
 

@@ -1,7 +1,7 @@
 """The plan of operations that run models without training them: what they hold, and their fullest pass.
 
-    looks                                                    plan_looking.py
-    what holds a model and hardly runs it, embed, export     plan_holding.py
+    looks                                                    looking.py
+    what holds a model and hardly runs it, embed, export     holding.py
 
 The settings are the operation's own. For what was not given and cannot be left out something stands in, and is said.
 """
@@ -16,11 +16,11 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from bildung.app.plan_holding import HOLDING
-from bildung.app.plan_looking import INDEX, LOOKS
-from bildung.app.plan_passes import FORWARD, PROMPT, Look, Pass, fullest, own_bytes, seconds_of
-from bildung.app.plan_tables import parts_table
-from bildung.app.plan_using import base_of
+from bildung.app.planning.holding import HOLDING
+from bildung.app.planning.looking import INDEX, LOOKS
+from bildung.app.planning.passes import FORWARD, PROMPT, Look, Pass, fullest, own_bytes, seconds_of
+from bildung.app.planning.tables import parts_table
+from bildung.app.planning.using import base_of
 from bildung.core.errors import SettingsError
 from bildung.core.progress import duration, size
 from bildung.core.settings import resolve

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from bildung.app.plan_passes import own_bytes
+from bildung.app.planning.passes import own_bytes
 from bildung.core.progress import size
 from bildung.core.verbs import find, verbs
 

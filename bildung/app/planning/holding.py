@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from bildung.app.plan_looks_text import writing
-from bildung.app.plan_passes import Look, Pass
-from bildung.app.plan_training import model_of
-from bildung.app.plan_using import base_of, file_bytes
+from bildung.app.planning.looks_text import writing
+from bildung.app.planning.passes import Look, Pass
+from bildung.app.planning.training import model_of
+from bildung.app.planning.using import base_of, file_bytes
 from bildung.core.errors import AdapterError, DataError, OutputError
 from bildung.core.settings import resolve
 from bildung.core.staging import INPUTS, staging_of

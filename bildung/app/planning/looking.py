@@ -1,13 +1,13 @@
 """The plan of a look: the models it loads, what it keeps, and the fullest of its passes.
 
     look                                   its largest pass, and what is kept
-    attention, image_attention             one text or image; the patterns of all heads        plan_looks_text.py
+    attention, image_attention             one text or image; the patterns of all heads        looks_text.py
     logit_lens, attribution, saliency      one text; streams and logits, writers, gradients
     trace, patchscope, alignment           rows of noise; 128 runs; a source and its answer
-    patch, path_patch, circuit, compare    pairs of prompts, a graph's nodes; two models       plan_looks_causal.py
-    probe, cache, by_position, steering    batches of texts, and what is kept of all           plan_looks_data.py
+    patch, path_patch, circuit, compare    pairs of prompts, a graph's nodes; two models       looks_causal.py
+    probe, cache, by_position, steering    batches of texts, and what is kept of all           looks_data.py
     gradient_distance, stream_map, tuned_lens
-    heads, circuits, induction             random tokens, and the weights of all heads         plan_looks_heads.py
+    heads, circuits, induction             random tokens, and the weights of all heads         looks_heads.py
     in_context, attributes, multi_hop      many short questions
     index                                  the largest of the looks it makes, one after the other
 
@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from bildung.app import plan_looks_causal as causal
-from bildung.app import plan_looks_data as data
-from bildung.app import plan_looks_heads as heads
-from bildung.app import plan_looks_text as text
-from bildung.app.plan_passes import Look, Pass
+from bildung.app.planning import looks_causal as causal
+from bildung.app.planning import looks_data as data
+from bildung.app.planning import looks_heads as heads
+from bildung.app.planning import looks_text as text
+from bildung.app.planning.passes import Look, Pass
 
 LOOKS: Mapping[str, Callable[[Look], list[Pass]]] = {
     "look alignment": text.alignment_passes,

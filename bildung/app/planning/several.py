@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bildung.app.plan_training import Subject, subject
+from bildung.app.planning.training import Subject, subject
 from bildung.core.settings import field_names, resolve
 from bildung.tune import by_examples, classify, classify_words, compare, full, said
 from bildung.tune import intrinsic_dimension as intrinsic

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from bildung.app.plan_looks_text import writing
-from bildung.app.plan_passes import Look, Pass
-from bildung.app.plan_using import packed_bytes
+from bildung.app.planning.looks_text import writing
+from bildung.app.planning.passes import Look, Pass
+from bildung.app.planning.using import packed_bytes
 from bildung.evaluate.likelihood import chunks
 from bildung.evaluate.task_file import choices_of, text_of
 from bildung.look.attention_heads.composition import composition

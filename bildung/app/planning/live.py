@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bildung.app import plan_plain, plan_several, plan_using
-from bildung.app.plan_passing import PASSING, looked
-from bildung.app.plan_training import runtime, subject
+from bildung.app.planning import plain, several, using
+from bildung.app.planning.passing import PASSING, looked
+from bildung.app.planning.training import runtime, subject
 from bildung.core.errors import BildungError, SettingsError
 from bildung.core.progress import size
 from bildung.core.recipe import Recipe, Step, read_recipe
@@ -62,16 +62,16 @@ def step_peak(step: Step, source: Path | None, on_accelerator: bool) -> int:
     """Peak bytes of one step. Raises BildungError for what cannot be planned."""
     name, kind = step.verb.name, step.verb.load().Settings
     values: Mapping[str, Any] = step.settings(kind)
-    if name in plan_plain.PLAIN:
+    if name in plain.PLAIN:
         return runtime()
     if source is None:
         raise SettingsError(f"{step.source} is not there yet.")
-    if name in plan_using.OPERATIONS:
-        known = {key: value for key, value in values.items() if key in plan_using.GIVEN[name] and value is not None}
-        return plan_using.use(name, source, known, runtime()).peak_bytes
+    if name in using.OPERATIONS:
+        known = {key: value for key, value in values.items() if key in using.GIVEN[name] and value is not None}
+        return using.use(name, source, known, runtime()).peak_bytes
     if name in PASSING or name == "look index":
         return max(one.peak_bytes for one in looked(name, source, values))
-    given = plan_several.with_stand_ins(kind, values)
-    if name in plan_several.SEVERAL:
-        return max(sum(one.parts(on_accelerator).values()) for one in plan_several.trainings(name, source, given))
+    given = several.with_stand_ins(kind, values)
+    if name in several.SEVERAL:
+        return max(sum(one.parts(on_accelerator).values()) for one in several.trainings(name, source, given))
     return subject(name, source, given).plan(on_accelerator).peak_bytes

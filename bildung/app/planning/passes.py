@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from bildung.app.plan_using import base_of, file_bytes
+from bildung.app.planning.using import base_of, file_bytes
 from bildung.look.asked import mask_id_of, with_source
 from bildung.look.lenses.lens import ANSWER
 from bildung.look.precise import load_precise

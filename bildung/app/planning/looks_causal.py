@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from bildung.app.plan_passes import PICTURE, Look, Pass, told
-from bildung.app.plan_using import file_bytes
+from bildung.app.planning.passes import PICTURE, Look, Pass, told
+from bildung.app.planning.using import file_bytes
 from bildung.core.operation import Job
 from bildung.look.asked import asked
 from bildung.look.attention_heads.head_change import head_change

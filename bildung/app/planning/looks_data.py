@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bildung.app.plan_passes import PICTURE, Look, Pass
+from bildung.app.planning.passes import PICTURE, Look, Pass
 from bildung.data.tagged import read_tagged
 from bildung.data.text import documents
 from bildung.look.asked import stack_in

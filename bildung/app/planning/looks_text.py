@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from bildung.app.plan_passes import PICTURE, Look, Pass, told
-from bildung.app.plan_using import packed_bytes
+from bildung.app.planning.passes import PICTURE, Look, Pass, told
+from bildung.app.planning.using import packed_bytes
 from bildung.core.errors import DataError, SettingsError
 from bildung.data.image_processor import read_processor
 from bildung.look.asked import asked, stack_in, stack_prefix

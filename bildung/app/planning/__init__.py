@@ -1,0 +1,1 @@
+"""What an operation will hold and compute, before it runs."""

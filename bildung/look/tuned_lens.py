@@ -159,18 +159,21 @@ def objective(lm: LanguageModel) -> Callable[[TunedLens, Pieces], LossSum]:
 
     def kl(lens: TunedLens, batch: Pieces) -> LossSum:
         streams, final_ND, chosen_N = _streams(lm, batch)
-        surrogate, value = torch.zeros((), device=final_ND.device), torch.zeros((), device=final_ND.device)
+        read = [streams[layer].flatten(0, 1)[chosen_N] for layer in range(len(lens.layers))]
+        slopes = [torch.empty_like(final_ND, dtype=torch.float32) for _ in read]
+        value = torch.zeros((), device=final_ND.device)
         # Of the model's own log-probabilities one stretch exists at a time; each is compared with all layers.
         for rows, log_p_NV in _final(lm, final_ND):
-            for layer in range(len(lens.layers)):
-                h_ND = lens(streams[layer].flatten(0, 1)[chosen_N][rows], layer)
-                leaf_ND = h_ND.detach().requires_grad_()
+            for layer, h_ND in enumerate(read):
+                with torch.no_grad():
+                    leaf_ND = lens(h_ND[rows], layer)
                 with torch.enable_grad():
-                    divergence = _kl(lm, leaf_ND, log_p_NV).sum()
-                (slope_ND,) = torch.autograd.grad(divergence, leaf_ND)
+                    divergence = _kl(lm, leaf_ND.requires_grad_(), log_p_NV).sum()
+                (slopes[layer][rows],) = torch.autograd.grad(divergence, leaf_ND)
                 value += divergence.detach()
-                # Its value is wrong and its gradient right: the logits are gone before the maps' gradient is taken.
-                surrogate = surrogate + (h_ND.float() * slope_ND.float()).sum()
+        # Its value is wrong and its gradient right. It is made when all logits are gone: what it keeps, small tensors,
+        # would come to lie between theirs and leave holes that hold no others.
+        surrogate = sum((lens(h_ND, layer).float() * slopes[layer]).sum() for layer, h_ND in enumerate(read))
         return LossSum(surrogate - surrogate.detach() + value, batch.read)
 
     return kl

@@ -65,6 +65,8 @@ def command(settings: Command) -> None:
 
     if wrong := [count for count in settings.ranks if count < 1]:
         raise SettingsError(f"ranks = {wrong[0]}: a number of devices is at least 1.")
+    if not 0 <= settings.seconds < math.inf:
+        raise SettingsError(f"seconds = {settings.seconds}; it must be at least 0 (0: nothing is measured).")
     find(settings.operation, verbs())
     source, console = settings.source.expanduser(), Console(highlight=False)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,6 +75,10 @@ def command(settings: Command) -> None:
     room = bytes_of(settings.memory) if settings.memory else room_of(torch.device(device))
     console.print(f"{settings.operation} from {settings.source}", markup=False)
     if settings.operation == "live":
+        if settings.given:
+            raise SettingsError(
+                f"--given {settings.given[0]}: a recipe's steps have their own settings; change it there."
+            )
         fits = of_recipe(source, room, device == "cuda", console)
     else:
         fits = planned(settings, source, room, device == "cuda", console)
@@ -231,13 +237,16 @@ def untrained(settings: Command, source: Path, room: int, console: Console) -> b
         return True
     largest = max(made.parts, key=lambda name: made.parts[name])
     console.print(f"{size(room)} is too small by {size(made.peak_bytes - room)}; the largest part: {largest}.")
-    for change in using_less(settings.operation, words(settings.given)):
+    for change in using_less(settings.operation, words(settings.given), made.length):
         smaller = use(settings.operation, source, change, made.parts["runtime"])
         if smaller.peak_bytes <= room:
             said = " ".join(f"{name}={value}" for name, value in change.items())
             console.print(f"With {said} it takes {size(smaller.peak_bytes)}.", markup=False)
             return False
-    console.print("Quantize the model first (`bildung quantize --method nf4`), or use a machine with more memory.")
+    if largest == "runtime":
+        console.print("The process itself takes most of it: no smaller model would fit either.")
+    else:
+        console.print("Quantize the model first (`bildung quantize --method nf4`), or use a machine with more memory.")
     return False
 
 
@@ -246,7 +255,15 @@ def words(given: tuple[str, ...]) -> dict[str, Any]:
     for word in given:
         if "=" not in word:
             raise SettingsError(f"--given {word!r}: settings are written name=value, such as batch_size=4.")
-    return {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in given)}
+    found: dict[str, Any] = {}
+    for name, _, value in (word.partition("=") for word in given):
+        if name in found:
+            raise SettingsError(f"--given {name} was given twice; leave one of them out.")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"--given {name}={value!r} cannot be read as YAML: {error}") from error
+    return found
 
 
 def settings_of(operation: str, values: dict[str, Any]) -> Any:
@@ -254,6 +271,7 @@ def settings_of(operation: str, values: dict[str, Any]) -> Any:
     from bildung.app.planning.several import with_stand_ins
     from bildung.train.ranges import check_numbers
     from bildung.train.training import Training
+    from bildung.tune.forgetting import Forgetting, check_budget
 
     module = find(operation, verbs()).load()
     kind = getattr(module, "Settings", None)
@@ -261,12 +279,14 @@ def settings_of(operation: str, values: dict[str, Any]) -> Any:
         raise SettingsError(f"{operation!r} does not train; {nearest(operation, verbs())}".strip())
     given = with_stand_ins(kind, values)
     check_numbers(given)
+    if isinstance(given, Forgetting):
+        check_budget(given, getattr(given, "card", None), more=True)
     return given
 
 
 def bytes_of(text: str) -> int:
     """24GB, 512 MiB ... in bytes. Raises SettingsError."""
-    found = re.fullmatch(r"\s*([0-9.]+)\s*(MB|GB|MiB|GiB)\s*", text)
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(MB|GB|MiB|GiB)\s*", text)
     if found is None or not math.isfinite(float(found.group(1))):
         raise SettingsError(f"memory = {text!r}; a number with {', '.join(UNITS)} is expected, such as 24GB.")
     return int(float(found.group(1)) * UNITS[found.group(2)])

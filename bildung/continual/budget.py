@@ -9,7 +9,7 @@ A task's score is that of the accuracy matrix, on its own evaluation set. The la
 budget. Beyond it the technique `rehearsal` gets more old rows: a tenth, a quarter, then half of the batches are of
 these alone, beside the share that it mixes in anyway. When that is not enough, and with the other techniques at once,
 the task's training stops, and its last weights within the budget are what the next task starts from and what stands in
-the matrix. A progressive network loses nothing, so it never stops.
+the matrix. A progressive network loses nothing of earlier tasks; its first may stop, for what the source knew.
 
 Shares are what is lost since each task was learned, not since the task before: what a sequence loses in small parts
 adds up.
@@ -54,7 +54,7 @@ class OnEarlierTasks:
         return sum(parts) / max(len(parts), 1)
 
     def said(self, lost: float) -> str:
-        return f"{abs(lost):.1%} of the earlier tasks' scores is {'lost' if lost >= 0 else 'gained'}"
+        return f"{abs(lost):.2%} of the earlier tasks' scores is {'lost' if lost >= 0 else 'gained'}"
 
 
 class OfTheSource:

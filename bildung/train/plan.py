@@ -7,6 +7,7 @@
     activations   what the backward pass will need of one micro-batch
     logits        of one chunk of rows, with their slope (train/objectives.py)
     checkpoint    the copy of what trains, and of the optimizer's state, that a thread writes while training goes on
+    kept          what trains, as it was when it last held a budget for forgetting (tune/forgetting.py)
     holes         on a CPU, memory that the C library keeps between tensors that come and go
     runtime       the process itself: Python, PyTorch, their threads, the data
 
@@ -46,7 +47,7 @@ from bildung.train.sharing import parts as cut
 from bildung.train.utilisation import flops_per_token
 
 Moments = tuple[Mapping[str, int], ...]  # of a step: cast, gradients, activations, logits that are there together
-PARTS = ("weights", "cast", "gradients", "optimizer", "activations", "logits", "checkpoint", "holes", "runtime")
+PARTS = ("weights", "cast", "gradients", "optimizer", "activations", "logits", "checkpoint", "kept", "holes", "runtime")
 SPARE = {"adamw": 0, "paged_adamw": 2, "muon": 4, "adafactor": 4, "adamw_8bit": 8}
 """Float32 copies of the largest parameter that the optimizer's arithmetic takes for a moment."""
 HOLES = 0.3
@@ -73,6 +74,7 @@ class Plan:
     optimizer: int
     moments: Moments
     checkpoint: int = 0
+    kept: int = 0
     runtime: int = 0
     steps: int = 2  # with one step, the optimizer's state comes after the activations are gone
     holes: float = 0.0  # a share of the moment
@@ -102,6 +104,7 @@ class Plan:
             "weights": int(self.weights * weights),
             "optimizer": int(self.optimizer * optimizer) if self.steps > 1 else 0,
             "checkpoint": int(self.checkpoint * min(weights, optimizer)),
+            "kept": self.kept,
             "runtime": self.runtime,
         }
         found = [{**moment, "gradients": int(moment.get("gradients", 0) * gradients)} for moment in self.moments]

@@ -9,6 +9,7 @@ held-out data, baselines) is made to take less: batches no larger than those of 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -49,6 +50,9 @@ def predict(
         batch, varied = largest(batch_at, steps * given.micro_steps)
         try:
             made = planned(model, given, objective, batch, steps, varied)
+            if made.checkpoint:  # which takes what is carried along (and is there already: part of the runtime) with it
+                carried_bytes = sum(tensor.nbytes for tensor in (carried or {}).values())
+                made = dataclasses.replace(made, checkpoint=made.checkpoint + carried_bytes)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             job.notes.append(f"memory was not predicted: this loss looks at numbers that are not there yet ({error})")
             return

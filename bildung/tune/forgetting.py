@@ -32,7 +32,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from bildung.core.errors import SettingsError
+from bildung.core.errors import SettingsError, TrainingError
 from bildung.core.operation import Job
 from bildung.core.settings import settings
 from bildung.data.sources import fingerprint
@@ -151,6 +151,11 @@ class Budget:
         self.can_rehearse, self.old = raised is not None, old
         self.parts: dict[str, float] = {}  # of several gauges, what each said last
         self.at_start = self.lost()
+        if not math.isfinite(self.at_start):
+            raise TrainingError(
+                f"forget_budget: what {lm.path} knows is measured before the first step, on "
+                f"{' and '.join(one.on for one in gauges)}, and is no number. Give other texts, or another source."
+            )
         self.carried = nothing_raised() if raised is None else raised
         self._keep(0, self.at_start)
         self.carried |= {"looks": torch.tensor(0), "within": torch.tensor(int(self.at_start <= self.budget))}
@@ -173,7 +178,7 @@ class Budget:
                 self.carried["within"] = torch.tensor(1)
             return {"forgetting": lost, **self.parts}
         raised = self.carried["rehearsal"]
-        if self.old is not None and len(raised) < len(SHARES):
+        if self.old is not None and len(raised) < len(SHARES) and math.isfinite(lost):
             # One batch is drawn ahead: what was drawn already stays, whether the run is interrupted or not.
             share, start = SHARES[len(raised)], (step + 1) * self.given.micro_steps + 1
             row = torch.tensor([[start, share]], dtype=torch.float64)
@@ -183,12 +188,12 @@ class Budget:
         return {"forgetting": lost, **self.parts, STOP: 1}
 
     def lost(self) -> float:
-        """The share of the source's abilities that is lost; below 0: gained."""
+        """The share of the source's abilities that is lost; below 0: gained; infinite: a measurement is no number."""
         if self.settle is not None:
             self.settle(self.lm.model)
         found = {f"forgetting_{one.name}": one.lost() for one in self.gauges}
         self.parts = found if len(found) > 1 else {}
-        return max(found.values())
+        return max(math.inf if math.isnan(lost) else lost for lost in found.values())
 
     def finish(self, history: History) -> bool:
         """Puts the kept weights back where the last ones are beyond the budget, and records what was seen. Returns
@@ -213,7 +218,7 @@ class Budget:
         else:
             self._say(f"after step {step} {self._in_words(lost)}")
         if lost > self.budget:
-            self._note(f"the budget was not reached: {self._in_words(lost)}; it was {self.at_start:.1%} at the start")
+            self._note(f"the budget was not reached: {self._in_words(lost)}; it was {self.at_start:.2%} at the start")
         self.job.measured["forgetting"] = {
             "budget": self.given.forget_budget,
             "measured_on": " and ".join(one.on for one in self.gauges),
@@ -237,10 +242,12 @@ class Budget:
         return self.budget if int(self.carried["within"]) else max(self.budget, self.at_start)
 
     def _in_words(self, lost: float) -> str:
+        if not math.isfinite(lost):
+            return f"what is measured is no number any more, and the budget is {self.budget:.2%}"
         said = self.gauges[0].said(lost)
         if len(self.gauges) > 1:
-            said = f"{lost:.1%} is lost of {' or of '.join(one.on for one in self.gauges)}, whichever lost more"
-        return f"{said}, and the budget is {self.budget:.1%}"
+            said = f"{lost:.2%} is lost of {' or of '.join(one.on for one in self.gauges)}, whichever lost more"
+        return f"{said}, and the budget is {self.budget:.2%}"
 
     def _say(self, line: str) -> None:
         print(f"forgetting: {line}", file=sys.stderr)

@@ -58,7 +58,7 @@ class OnTexts:
         return (self._loss(self.lm) - self.before) / self.before
 
     def said(self, lost: float) -> str:
-        return f"{abs(lost):.1%} {'more' if lost >= 0 else 'less'} loss on {self.on} than the source has"
+        return f"{abs(lost):.2%} {'more' if lost >= 0 else 'less'} loss on {self.on} than the source has"
 
     def _loss(self, lm: LanguageModel) -> float:
         return mean_loss(lm.model, text_loss, self.batches)["loss"]
@@ -77,7 +77,7 @@ class OnCard:
         return lost_on_card(self.before, card.card(self.lm, self.settings))
 
     def said(self, lost: float) -> str:
-        return f"{abs(lost):.1%} of what the card measures is {'lost' if lost >= 0 else 'gained'}"
+        return f"{abs(lost):.2%} of what the card measures is {'lost' if lost >= 0 else 'gained'}"
 
 
 def lost_on_card(before: Card, now: Card) -> float:

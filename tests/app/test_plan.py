@@ -231,6 +231,11 @@ def test_a_sharing_that_was_asked_for_counts(
         ("evaluate", "dtype=int8", "dtype = 'int8' was given"),
         ("tune lora", "batch_size=0", "batch_size = 0 was given; it must be at least 1"),
         ("tune long_lora", "length=30", "rows of length = 30 do not fall into groups"),
+        ("tune lora", "forget_budget=.nan", "forget_budget = nan"),
+        ("tune lora", "rank=[1,2", "cannot be read as YAML"),
+        ("generate", "prompt=100000", "prompt = 100000 was given; the model reads at most"),
+        ("merge", "dtype=bfloat16", "is no adapter"),
+        ("live", "x=1", "a recipe's steps have their own settings"),
     ],
 )
 def test_values_that_no_plan_can_be_made_with(tiny_lm: Any, operation: str, given: str, message: str) -> None:
@@ -247,6 +252,16 @@ def test_values_that_no_plan_can_be_made_with(tiny_lm: Any, operation: str, give
         )
 
 
+def test_what_a_forgetting_budget_keeps_is_planned(tiny_lm: Any) -> None:
+    values = {"rank": 2, "steps": 40, "checkpoint_every": 10, "max_length": 32}
+    plain, held = (
+        subject("tune lora", tiny_lm.path, settings_of("tune lora", {**values, **more})).plan(False)
+        for more in ({}, {"forget_budget": 0.1, "forget_data": "mini:moby"})
+    )
+    kept = 4 * plain.trainable  # float32
+    assert held.parts["kept"] == kept and held.parts["checkpoint"] == plain.parts["checkpoint"] + kept > kept
+
+
 def test_long_lora_is_planned_with_its_longer_context(tiny_lm: Any) -> None:
     given = {"data": "mini:moby", "length": 4096, "batch_size": 1, "rank": 2}
     made = subject("tune long_lora", tiny_lm.path, settings_of("tune long_lora", given))
@@ -261,8 +276,11 @@ def test_long_lora_is_planned_with_its_longer_context(tiny_lm: Any) -> None:
 
 def test_bad_words(tiny_lm: Any) -> None:
     assert bytes_of("24GB") == 24 * 10**9 and bytes_of("1.5 GiB") == 1.5 * 2**30
-    with pytest.raises(SettingsError, match="24GB"):
-        bytes_of("much")
+    for wrong in ("much", "1.2.3GB", ".GB"):
+        with pytest.raises(SettingsError, match="24GB"):
+            bytes_of(wrong)
+    with pytest.raises(SettingsError, match="nowhere is not there; `bildung log --help`"):
+        run(["plan", "log", "nowhere"])
     with pytest.raises(SettingsError, match="'look attention' does not train"):
         settings_of("look attention", {})
     with pytest.raises(SettingsError, match="rank"):

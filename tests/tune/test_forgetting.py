@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 
 import bildung
 from bildung.align import dpo
-from bildung.core.errors import SettingsError
+from bildung.core.errors import SettingsError, TrainingError
 from bildung.core.record import read_record
 from bildung.data.batches import clm_examples, pad
 from bildung.evaluate.card import CardSettings
 from bildung.train import fit as fit_module
 from bildung.train.objectives import clm
 from bildung.tune import classify_words, dylora, intrinsic_dimension, long_lora, lora
-from bildung.tune.gauges import lost_on_card
+from bildung.tune.gauges import OnTexts, lost_on_card
 from bildung.tune.rehearsing import Rehearsing
 from tests.tune.conftest import GENERAL
 
@@ -166,6 +167,18 @@ def test_a_budget_that_nothing_keeps_leaves_the_source(source, told, tmp_path, l
     lost = record.measured["forgetting"]["looks"]
     assert record.measured["forgetting"]["kept_step"] == 0 and len(lost) == 1 and lost[0][1] > 0
     assert torch.equal(logits(bildung.load(tmp_path / "out")), logits(bildung.load(source)))
+
+
+def test_a_measurement_that_is_no_number_is_beyond_any_budget(source, told, data, tmp_path, logits, monkeypatch):
+    """Neither kept, nor helped by rehearsal; of several measurements it counts, whatever the others say."""
+    seen = iter([0.0])
+    monkeypatch.setattr(OnTexts, "lost", lambda self: next(seen, math.nan))
+    given = lora.Settings(**told, forget_budget=1e9, rehearse=data)
+    measured = lora.lora(source, tmp_path / "out", given).measured["forgetting"]
+    assert measured["stopped_after"] == 2 and measured["kept_step"] == 0 and measured["rehearsal"] == []
+    assert torch.equal(logits(bildung.load(tmp_path / "out")), logits(bildung.load(source)))
+    with pytest.raises(TrainingError, match=r"is measured before the first step, on .*, and is no number"):
+        lora.lora(source, tmp_path / "no", given)
 
 
 def test_rehearsal_is_raised_before_the_end(source, told, data, tmp_path, capsys):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bildung.app.planning.passes import own_bytes
+from bildung.core.errors import SettingsError
 from bildung.core.progress import size
 from bildung.core.verbs import find, verbs
 
@@ -29,7 +30,10 @@ PLAIN: Mapping[str, str] = {
 
 
 def lines(operation: str, source: Path) -> list[str]:
-    """What is to be said of such a command."""
+    """What is to be said of such a command. Raises SettingsError for a source that is not there."""
+    reads_places = operation not in ("nursery", "plan", "tokenizer compare", "tokenizer trace")
+    if reads_places and ":" not in str(source) and not source.exists():  # nursery:NAME and the like are no places
+        raise SettingsError(f"{source} is not there; `bildung {operation} --help` says what it starts from.")
     own = own_bytes(find(operation, verbs()).load().__name__, source)
     return [
         f"  It holds no model. {PLAIN[operation]}",

@@ -60,7 +60,7 @@ class Subject:
     def plan(self, on_accelerator: bool, moments: Moments | None = None) -> Plan:
         """Its memory and arithmetic. moments: if they are known."""
         given, steps = self.given, self.steps or DRIFTS_AFTER
-        return plan(
+        made = plan(
             self.model,
             self.objective,
             self.batch,
@@ -76,6 +76,10 @@ class Subject:
             on_accelerator=on_accelerator,
             moments=moments,
         )
+        if getattr(given, "forget_budget", None) is None:
+            return made
+        kept = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
+        return dataclasses.replace(made, kept=kept, checkpoint=made.checkpoint + (kept if made.checkpoint else 0))
 
 
 def subject(operation: str, source: Path, given: Any, *, read_data: bool = False) -> Subject:

@@ -65,12 +65,21 @@ def use(operation: str, source: Path, given: Mapping[str, Any], runtime: int) ->
         check_value(name, given[name])
     asked = {**known, **given}
     base = base_of(source)
+    if operation == "merge" and base == source:
+        raise SettingsError(f"{source} is no adapter (no adapter_config.json); there is nothing to merge.")
     config, file = read_config(base), file_bytes(base)
+    limit = getattr(config, "max_position_embeddings", None) or 2**62
+    if "prompt" in known:
+        if config.kind in ("encoder", "classifier", "vision"):
+            raise SettingsError(f"{source} is a {config.model_type} of kind {config.kind!r}, which does not write.")
+        if given.get("prompt", 1) > limit:
+            raise SettingsError(f"prompt = {given['prompt']} was given; the model reads at most {limit} tokens.")
+        asked["prompt"] = min(asked["prompt"], limit)
     model = on_paper(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stored = round(file / max(1, parameters))  # bytes of a weight
     length = {"merge": COMPARED, "quantize": COMPARED, "evaluate": SCORED}.get(operation, asked.get("prompt", 1))
-    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    length = min(length, limit)
     parts = {"weights": file}
     if operation == "adopt":
         item = ITEM[asked["dtype"]] if asked["dtype"] else stored
@@ -91,7 +100,7 @@ def use(operation: str, source: Path, given: Mapping[str, Any], runtime: int) ->
         parts |= computed(model, max(1, SCORED // length), length, torch.bfloat16 if item == 2 else torch.float32)
     else:
         dtype = torch.float32 if stored == 4 else torch.bfloat16
-        context = asked["prompt"] + asked["new_tokens"]
+        context = min(asked["prompt"] + asked["new_tokens"], limit)
         parts["packed matrices"] = packed_bytes(model, dtype.itemsize)
         parts["keys and values"] = asked["rows"] * cache_bytes(config, context, dtype.itemsize)
         parts |= computed(model, asked["rows"], asked["prompt"], dtype)
@@ -100,9 +109,11 @@ def use(operation: str, source: Path, given: Mapping[str, Any], runtime: int) ->
     return Use(parameters, round(2 * multiply_adds / length), {**held, "runtime": runtime}, length)
 
 
-def using_less(operation: str, given: dict[str, Any]) -> list[dict[str, Any]]:
-    """Settings that take less, the smallest change first."""
+def using_less(operation: str, given: dict[str, Any], length: int) -> list[dict[str, Any]]:
+    """Settings that take less, the smallest change first. length: of the prompt that was planned."""
     asked = {**GIVEN[operation], **given}
+    if "prompt" in asked:
+        asked["prompt"] = length
     found: list[dict[str, Any]] = []
     while asked.get("rows", 1) > 1:
         asked = {**asked, "rows": asked["rows"] // 2}

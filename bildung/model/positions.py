@@ -29,6 +29,16 @@ ADDED = ("integer", "sinusoidal", "sinusoidal_halves", "learned")
 # ── added to the embeddings ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+def padded_beyond(context: int | None, keep_BL: Tensor) -> Tensor | None:
+    """Positions BL of rows whose padding, rounded up, reaches beyond the context, counted by real tokens; else None.
+
+    A context that virtual tokens take from (virtual.py) is seldom a multiple of eight.
+    """
+    if context is None or keep_BL.shape[1] <= context:
+        return None
+    return (keep_BL.long().cumsum(1) - 1).clamp(min=0)
+
+
 class AddedPositions(nn.Module):
     """A vector per position, added to the embeddings."""
 

@@ -27,7 +27,7 @@ from bildung.model.config import ModelConfig
 from bildung.model.kv_cache import KVCache
 from bildung.model.layers import Embedding, norm_from
 from bildung.model.linear import Dense, Linear
-from bildung.model.positions import ADDED, AddedPositions, RotaryEmbedding, bias_from
+from bildung.model.positions import ADDED, AddedPositions, RotaryEmbedding, bias_from, padded_beyond
 from bildung.model.taps import Taps
 
 if TYPE_CHECKING:
@@ -174,6 +174,9 @@ class Backbone(Stack):
             keep_BS = None if kv_cache.all_kept else kv_cache.keep_BS
             if kv_cache.prefix_BS is not None and any(self.config.windows):  # else it is seen, being past
                 prefix_BL = kv_cache.prefix_BS[:, : past + L]
+        if positions_BL is None and keep_BL is not None and kv_cache is None:
+            taken = self.virtual.length if self.virtual is not None else 0
+            positions_BL = padded_beyond(self.config.max_position_embeddings - taken, keep_BL)
         if positions_BL is None:
             positions_BL = torch.arange(past, past + L, device=tokens_BL.device)[None]
         reading = Reading(positions_BL, keep_BS, segments_BL, prefix_BL, kv_cache, past)

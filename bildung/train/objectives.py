@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 from bildung.data.batches import Batch
 from bildung.data.prefix_lm import prefix_of
 from bildung.model.base import CausalLM
+from bildung.model.positions import padded_beyond
 from bildung.train.loss import LossSum
 from bildung.train.vocabulary import Vocabulary, vocabulary_of
 
@@ -102,7 +103,8 @@ def hidden(model: CausalLM, batch: Batch) -> Tensor:
     if bool((batch.keep_BL[:, 1:] <= batch.keep_BL[:, :-1]).all()):
         # Padding on the right is never seen by a real token, which looks back only: plain causal attention, the fast
         # kernel, gives the same numbers at every real token.
-        return model.hidden(batch.tokens_BL)
+        context = getattr(model.config, "max_position_embeddings", None)
+        return model.hidden(batch.tokens_BL, positions_BL=padded_beyond(context, batch.keep_BL))
     return model.hidden(batch.tokens_BL, positions_BL=batch.positions_BL, keep_BL=batch.keep_BL)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import bildung
 from bildung.core.errors import AdapterError, DataError, OutputError, SettingsError
+from bildung.data.batches import Example, pad
+from bildung.data.masking import Sentences, pad_sentences
 from bildung.model.build import build, make
 from bildung.model.config import from_dict
 from bildung.model.linear import match_linears, replace_stores
@@ -26,6 +30,8 @@ from bildung.model.virtual import (
     virtual_of,
 )
 from bildung.run.loop import decode
+from bildung.train.masked import mlm
+from bildung.train.objectives import clm
 from tests.contract.test_families import CONFIGS
 from tests.model.test_linear import with_lora
 from tests.model.tiny import tiny_decoder, tiny_lm, tokens
@@ -242,3 +248,23 @@ def test_counts_of_the_published_benchmark() -> None:
         prefixes = [Prefix(model.config, torch.empty(m, prefix_size(model.config))) for m in (200, 50)]
     assert prompt == 614_400
     assert [sum(p.numel() for p in one.parameters()) for one in prefixes] == [11_468_800, 2_867_200]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_padding_may_reach_beyond_a_table_that_virtual_tokens_take_from(kind: str) -> None:
+    """27 tokens are left of 32; a full row is padded to 32, which with 5 virtual ones makes 37 positions."""
+    words = {"gpt2": "n_embd: 8, n_layer: 1, n_head: 2, n_positions: 32", "bert": "max_position_embeddings: 32"}
+    small = "hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 8"
+    more = words[kind] if kind == "gpt2" else f"{words[kind]}, {small}, architectures: [BertForMaskedLM]"
+    model = build(from_dict(yaml.safe_load(f"{{model_type: {kind}, vocab_size: 40, {more}}}")), seed=0).eval()
+    add_virtual(model, Prompt(torch.zeros(5, 8)))
+    loss: Any = clm
+    rows: Any = [Example(list(range(1, 28)), [False] + [True] * 26), Example([3, 4, 5], [False, True, True])]
+    padded, exact = (pad(rows, 0, multiple=multiple) for multiple in (8, 27))
+    if kind == "bert":
+        loss, sentences = mlm, [[Sentences(row.tokens, [0] * len(row.tokens))] for row in rows]
+        padded, exact = (pad_sentences(sentences, 0, multiple=multiple) for multiple in (8, 27))
+        for batch in (padded, exact):
+            batch.chosen_BL[:, 1] = True
+    assert padded.tokens_BL.shape == (2, 32) and exact.tokens_BL.shape == (2, 27)
+    torch.testing.assert_close(loss(model, padded).total, loss(model, exact).total)

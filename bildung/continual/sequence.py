@@ -10,6 +10,7 @@ on from the last checkpoint of the one it was in. The training loop is the one t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -46,6 +47,21 @@ class Step:
     sequence: dict[str, Any]  # all settings
 
 
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """What is the same for every task of a sequence.
+
+    root: what it starts from. known: that model's card, and how it was measured.
+    """
+
+    root: Path
+    given: Forgetting
+    kind: Kind
+    tasks: Sequence[Task]
+    method: Method
+    known: tuple[Card, CardSettings] | None
+
+
 def learn(
     job: Job,
     source: Path,
@@ -62,24 +78,13 @@ def learn(
     data: of each task, the hashes of what it reads. described: the settings, for the records. known: the source's card,
     and how it was measured.
     """
-    names, root = [task.name for task in tasks], source
+    names, course = [task.name for task in tasks], Course(source, given, kind, tasks, method, known)
     records: list[Record] = []
     for number, task in enumerate(tasks, start=1):
         place = job.out / f"{number}-{task.name}"
         step = Step(number=number, task=task.name, seed=given.seed, sequence=described)
         then = [record.measured["scores"][name]["score"] for name, record in zip(names, records, strict=False)]
-        work = partial(
-            _learn_task,
-            source=source,
-            given=given,
-            kind=kind,
-            tasks=tasks,
-            method=method,
-            number=number,
-            root=root,
-            then=then,
-            known=known,
-        )
+        work = partial(_learn_task, source=source, course=course, number=number, then=then)
         records.append(
             perform("continual task", source, place, step, work, data=data[number - 1], companions=base_of(source))
         )
@@ -88,19 +93,9 @@ def learn(
     return source
 
 
-def _learn_task(
-    job: Job,
-    source: Path,
-    given: Forgetting,
-    kind: Kind,
-    tasks: Sequence[Task],
-    method: Method,
-    number: int,
-    root: Path,
-    then: Sequence[float],
-    known: tuple[Card, CardSettings] | None,
-) -> None:
-    """root: what the sequence starts from. then: the score of each earlier task when it was learned."""
+def _learn_task(job: Job, source: Path, course: Course, number: int, then: Sequence[float]) -> None:
+    """source: the model after the task before. then: the score of each earlier task when it was learned."""
+    given, kind, tasks, method = course.given, course.kind, course.tasks, course.method
     task = tasks[number - 1]
     lm = load(source, "float32")
     if isinstance(kind, LabelledTexts):
@@ -115,7 +110,7 @@ def _learn_task(
     items = kind.encode(lm.tokenizer, method.rows(now, lm, task))
     collate = partial(kind.collate, pad_id=lm.tokenizer.pad_id)
     batch_at: Batches = Shuffled(items, given.batch_size, given.seed, collate)
-    gauges = budget.gauges(now, lm, given, tasks[: number - 1], then, method, root, known)
+    gauges = budget.gauges(now, lm, given, tasks[: number - 1], then, method, course.root, course.known)
     raised = nothing_raised()
     old = kind.encode(lm.tokenizer, method.old_rows(now, lm)) if gauges else []
     if old:

@@ -164,13 +164,19 @@ def objective(lm: LanguageModel) -> Callable[[TunedLens, Pieces], LossSum]:
         value = torch.zeros((), device=final_ND.device)
         # Of the model's own log-probabilities one stretch exists at a time; each is compared with all layers.
         for rows, log_p_NV in _final(lm, final_ND):
+            p_NV = log_p_NV.exp()
+            value += torch.linalg.vecdot(p_NV, log_p_NV).sum() * len(read)
+            del log_p_NV
             for layer, h_ND in enumerate(read):
                 with torch.no_grad():
                     leaf_ND = lens(h_ND[rows], layer)
                 with torch.enable_grad():
-                    divergence = _kl(lm, leaf_ND.requires_grad_(), log_p_NV).sum()
-                (slopes[layer][rows],) = torch.autograd.grad(divergence, leaf_ND)
-                value += divergence.detach()
+                    logits_NV = lens_logits(lm.model, leaf_ND.requires_grad_())
+                log_q_NV = logits_NV.detach().float().log_softmax(-1)
+                value -= torch.linalg.vecdot(p_NV, log_q_NV).sum()
+                slope_NV = log_q_NV.exp_().sub_(p_NV).to(logits_NV.dtype)  # of KL(p || q): q - p, in the place of log q
+                (slopes[layer][rows],) = torch.autograd.grad(logits_NV, leaf_ND, slope_NV)
+                del logits_NV, log_q_NV, slope_NV
         # Its value is wrong and its gradient right. It is made when all logits are gone: what it keeps, small tensors,
         # would come to lie between theirs and leave holes that hold no others.
         surrogate = sum((lens(h_ND, layer).float() * slopes[layer]).sum() for layer, h_ND in enumerate(read))

@@ -236,7 +236,6 @@ def tuned_lens_passes(look: Look) -> list[Pass]:
     lm = look.read(look.source)
     lens_bytes = (lm.config.num_hidden_layers - 1) * (lm.config.hidden_size**2 + lm.config.hidden_size) * 4
     moments = 2 if given.optimizer == "adam" else 1
-    look.remarks.append("it takes more than is counted here: 0.3 GB more in 3 steps of SmolLM2-135M (docs/log.md)")
     look.parts["optimizer"] = moments * lens_bytes  # the lens and its gradient are made in the pass
     if given.steps > given.checkpoint_every > 0:
         look.parts["checkpoint"] = (1 + moments) * lens_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Iterator
@@ -100,6 +101,8 @@ def tiny_lm(tiny_lm_directory: Path) -> LanguageModel:
 @pytest.fixture(autouse=True)
 def without_predictions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory that a training will take is predicted by a step on paper, which takes longer than most tests here
-    train: only tests marked `predicts`, and those that start processes of their own, have it done."""
+    train, and what a recipe's step will take in a process of its own: only tests marked `predicts`, and those that
+    start processes themselves, have it done."""
     if request.node.get_closest_marker("predicts") is None:
         monkeypatch.setattr("bildung.train.training.predict", lambda *given: None)
+        monkeypatch.setattr("bildung.app.ahead.Ahead.of", lambda *given: contextlib.nullcontext())

@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from bildung.app.ahead import Ahead
 from bildung.app.memory import Memory
 from bildung.core import ranks
 from bildung.core.errors import RecipeError, SettingsError, nearest
@@ -59,25 +60,27 @@ def live(recipe: Recipe, forced: frozenset[str] = frozenset()) -> dict[str, Reco
     calls = {step.name: _prepare(step) for step in recipe.steps if planned[step.name] != UP_TO_DATE}
     records: dict[str, Record] = {}
     start = time.monotonic()
-    for step in recipe.steps:
-        before = read_record(step.out)
-        if planned[step.name] == UP_TO_DATE and before is not None:
-            records[step.name] = before
-            continue
-        console.rule(f"{step.name}: {step.verb.name}", align="left")
-        try:
-            records[step.name] = record = _run(step, calls[step.name], step.name in forced)
-        except KeyboardInterrupt:
-            kept = ", ".join(records) or "no step yet"
-            partial = (
-                f" {step.name} goes on from {staging_of(step.out)}." if was_interrupted(staging_of(step.out)) else ""
-            )
-            raise KeyboardInterrupt(f"Finished: {kept}.{partial}") from None
-        if ranks.rank() == 0:
-            memory.note(step, record, code)
-        took = f"{duration(record.seconds)}, peak memory {size(record.peak_bytes)}"
-        console.print(f"{step.name}: " + ("found up to date" if record == before else f"done in {took}"), markup=False)
-        gc.collect()  # the next step's peak should not carry this one's garbage
+    with Ahead() as ahead:
+        for step in recipe.steps:
+            before = read_record(step.out)
+            if planned[step.name] == UP_TO_DATE and before is not None:
+                records[step.name] = before
+                continue
+            console.rule(f"{step.name}: {step.verb.name}", align="left")
+            try:
+                with ahead.of(step):
+                    records[step.name] = record = _run(step, calls[step.name], step.name in forced)
+            except KeyboardInterrupt:
+                kept = ", ".join(records) or "no step yet"
+                place = staging_of(step.out)
+                partial = f" {step.name} goes on from {place}." if was_interrupted(place) else ""
+                raise KeyboardInterrupt(f"Finished: {kept}.{partial}") from None
+            if ranks.rank() == 0:
+                memory.note(step, record, code)
+            took = f"{duration(record.seconds)}, peak memory {size(record.peak_bytes)}"
+            said = "found up to date" if record == before else f"done in {took}"
+            console.print(f"{step.name}: {said}", markup=False)
+            gc.collect()  # the next step's peak should not carry this one's garbage
     if calls:
         console.print(_costs(recipe, records, time.monotonic() - start))
     else:
@@ -161,10 +164,11 @@ def _table(recipe: Recipe, planned: Mapping[str, str]) -> Table:
 
 def _costs(recipe: Recipe, records: Mapping[str, Record], seconds: float) -> Table:
     table = Table(title=f"{recipe.name}: {duration(seconds)}", title_justify="left", box=None)
-    for column in ("step", "time", "peak memory", "on disk", "trained tokens"):
+    for column in ("step", "time", "predicted", "peak memory", "on disk", "trained tokens"):
         table.add_column(column, justify="left" if column == "step" else "right")
     for name, record in records.items():
         disk = size(sum(file["bytes"] for file in record.files.values()))
         trained = f"{record.trained_tokens:,}" if record.trained_tokens else ""
-        table.add_row(name, duration(record.seconds), size(record.peak_bytes), disk, trained)
+        predicted = size(foretold) if (foretold := record.measured.get("predicted_peak_bytes")) else ""
+        table.add_row(name, duration(record.seconds), predicted, size(record.peak_bytes), disk, trained)
     return table

@@ -8,6 +8,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import resource
 import sys
 import threading
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, ClassVar
 
 import psutil
 
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # of a container; "max" where there is no limit
 # The packages whose version can change a number in the result.
 PACKAGES = ("bildung", "torch", "tokenizers", "safetensors", "gguf")
 
@@ -91,6 +93,19 @@ class PeakMemory:
 def peak_so_far() -> int:
     """The highest resident memory since the innermost PeakMemory began; 0 outside of one."""
     return PeakMemory.innermost.so_far() if PeakMemory.innermost is not None else 0
+
+
+def memory_there_is() -> int:
+    """Bytes of memory that this process may have in all: the machine's, a container's, or what `ulimit` leaves."""
+    room = int(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):
+        room = min(room, int(CGROUP.read_text()))
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        # `ulimit -v` limits addresses, of which a process has more than memory: libraries, stacks, reserved arenas.
+        own = psutil.Process().memory_info()
+        room = min(room, max(0, limit - (own.vms - own.rss)))
+    return room
 
 
 def give_back_memory() -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from bildung.core import ranks
 from bildung.core.errors import OutputError
+from bildung.core.foretold import ask
 from bildung.core.hardware import PeakMemory, hardware, versions
 from bildung.core.inputs import changed, fingerprint, identify
 from bildung.core.record import (
@@ -141,6 +142,7 @@ def _work(job: Job, inputs: dict[str, Any], work: Callable[[Job], None]) -> Reco
     """Runs the work and writes the record, the sign that the place of work is complete."""
     if was_interrupted(job.out):
         job.notes.append(goes_on(job.out, inputs))
+    foretold = ask(job.source)
     started, start = datetime.datetime.now(datetime.UTC), time.monotonic()
     with PeakMemory() as peak:
         work(job)
@@ -159,8 +161,8 @@ def _work(job: Job, inputs: dict[str, Any], work: Callable[[Job], None]) -> Reco
         trained_tokens=job.trained_tokens,
         before=job.before,
         after=job.after,
-        measured=job.measured,
-        notes=job.notes,
+        measured={**foretold.measured, **job.measured},
+        notes=[*job.notes, *foretold.notes],
         files=describe_files(job.out),
         ancestors=[*parent.ancestors, as_ancestor(parent)] if parent else [],
     )

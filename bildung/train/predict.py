@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,9 +21,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._pytree import tree_leaves
 
 from bildung.core import ranks
+from bildung.core.foretold import say
 from bildung.core.hardware import give_back_memory, peak_so_far
 from bildung.core.operation import Job
-from bildung.core.progress import size
 from bildung.train.loss import Objective
 from bildung.train.memory import room_of
 from bildung.train.plan import KERNELS, Plan, plan
@@ -63,14 +62,7 @@ def predict(
     job.measured |= {"predicted_peak_bytes": peak, "predicted_parts": parts}
     if ranks.rank() > 0:
         return
-    shown = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value)
-    print(f"  predicted peak memory {size(peak)}: {shown}", file=sys.stderr)
-    if peak > (room := room_of(model.device)):
-        print(
-            f"  that is more than the {size(room)} there are; the system may end this process. `bildung plan` says "
-            f"which settings would fit.",
-            file=sys.stderr,
-        )
+    say(peak, parts, room_of(model.device))
 
 
 def planned(model: Any, given: Any, objective: Objective, batch: Any, steps: int, varied: bool = False) -> Plan:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from bildung.app.log import Command, command
+from bildung.core import hardware
 from bildung.core.operation import Job
 from bildung.core.record import read_record
 from bildung.data.batches import Example, Shuffled, pad
@@ -99,7 +100,7 @@ def test_too_much_is_said_before_it_happens(
 
 
 def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path / "memory.max")
+    monkeypatch.setattr(hardware, "CGROUP", tmp_path / "memory.max")
     whole = memory.room_of(torch.device("cpu"))
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.room_of(torch.device("cpu")) == whole

@@ -19,6 +19,8 @@ from bildung.app.planning.training import runtime, subject
 from bildung.core.errors import BildungError, SettingsError
 from bildung.core.progress import size
 from bildung.core.recipe import Recipe, Step, read_recipe
+from bildung.core.verbs import Verb
+from bildung.train.plan import KERNELS
 
 
 def of_recipe(path: Path, room: int, on_accelerator: bool, console: Console) -> bool:
@@ -28,7 +30,8 @@ def of_recipe(path: Path, room: int, on_accelerator: bool, console: Console) -> 
     for step in recipe.steps:
         source = there(recipe, step)
         try:
-            peak = step_peak(step, source, on_accelerator)
+            values = step.settings(step.verb.load().Settings)
+            peak = sum(step_parts(step.verb, source, values, on_accelerator).values())
         except (BildungError, OSError) as error:
             table.add_row(step.name, step.verb.name, str(source or ""), "", f"not planned: {str(error)[:120]}")
             continue
@@ -58,20 +61,29 @@ def there(recipe: Recipe, step: Step) -> Path | None:
     return None
 
 
-def step_peak(step: Step, source: Path | None, on_accelerator: bool) -> int:
-    """Peak bytes of one step. Raises BildungError for what cannot be planned."""
-    name, kind = step.verb.name, step.verb.load().Settings
-    values: Mapping[str, Any] = step.settings(kind)
+def step_parts(
+    verb: Verb, source: Path | None, values: Mapping[str, Any], on_accelerator: bool, *, beside: bool = False
+) -> dict[str, int]:
+    """Bytes of one step at its fullest moment, by part. Raises BildungError for what cannot be planned.
+
+    beside: it will run in a process that knows how large it is by then; "runtime" is what kernels will take there.
+    """
+    name, kind = verb.name, verb.load().Settings
     if name in plain.PLAIN:
-        return runtime()
-    if source is None:
-        raise SettingsError(f"{step.source} is not there yet.")
+        return {"runtime": 0 if beside else runtime()}
+    if source is None or not source.exists():
+        raise SettingsError(f"{source} is not there yet.")
     if name in using.OPERATIONS:
         known = {key: value for key, value in values.items() if key in using.GIVEN[name] and value is not None}
-        return using.use(name, source, known, runtime()).peak_bytes
+        kernels = KERNELS if name != "adopt" else 0  # which runs nothing
+        return using.use(name, source, known, kernels if beside else runtime()).parts
     if name in PASSING or name == "look index":
-        return max(one.peak_bytes for one in looked(name, source, values))
+        made = looked(name, source, values, own=0 if beside else None)
+        return max(made, key=lambda one: one.peak_bytes).parts
     given = several.with_stand_ins(kind, values)
     if name in several.SEVERAL:
-        return max(sum(one.parts(on_accelerator).values()) for one in several.trainings(name, source, given))
-    return subject(name, source, given).plan(on_accelerator).peak_bytes
+        trained = [one.parts(on_accelerator) for one in several.trainings(name, source, given)]
+        parts = max(trained, key=lambda some: sum(some.values()))
+    else:
+        parts = subject(name, source, given).plan(on_accelerator).parts
+    return {**parts, "runtime": KERNELS} if beside else parts

@@ -76,8 +76,11 @@ class Looked:
         return round(2 * multiply_adds / PROMPT)
 
 
-def looked(operation: str, source: Path, values: Mapping[str, Any], length: int = PROMPT) -> list[Looked]:
+def looked(
+    operation: str, source: Path, values: Mapping[str, Any], length: int = PROMPT, own: int | None = None
+) -> list[Looked]:
     """The plan of an operation; of `look index` those of the looks it makes. length: of a prompt that is not given.
+    own: bytes of the process before it begins; default: of one that has imported what the operation needs.
 
     Raises SettingsError for a setting that there is not, and what the operation itself raises for a model that it
     refuses.
@@ -88,17 +91,18 @@ def looked(operation: str, source: Path, values: Mapping[str, Any], length: int 
         made = []
         for name, needs in INDEX.items():
             if given.against or name != "look compare":
-                made += looked(name, source, both if needs else {}, length)
+                made += looked(name, source, both if needs else {}, length, own)
         return made
     given, assumed = settings_for(operation, values)
     look = Look(source, given, assumed, length)
     passes = PASSING[operation](look)
     kernels = KERNELS if any(one.back for one in passes) else FORWARD if passes else 0
     place = base_of(source) if (source / ADAPTER).exists() else source
-    runtime = own_bytes(find(operation, verbs()).load().__name__, place) + kernels
+    if own is None:
+        own = own_bytes(find(operation, verbs()).load().__name__, place)
     found = max(fullest(look.lms, passes), look.later, key=lambda parts: sum(parts.values()))
     parts = {name: bytes_ for name, bytes_ in {**look.parts, **found}.items() if bytes_}
-    return [Looked(look, passes, {**parts, "runtime": runtime})]
+    return [Looked(look, passes, {**parts, "runtime": own + kernels})]
 
 
 def settings_for(operation: str, values: Mapping[str, Any]) -> tuple[Any, frozenset[str]]:

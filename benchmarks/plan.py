@@ -10,6 +10,10 @@ out. Each step runs in a process of its own, as on the command line.
 
 The same of operations that do not train (benchmarks/plan_looks.py).
 
+    python -m benchmarks.plan --recipes [--steps 3] [--only smollm2 induction]
+
+Every step of every shipped recipe, lived (benchmarks/plan_recipes.py).
+
 The measured peak is that of the whole operation, baselines and figures after training included.
 """
 
@@ -23,7 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plan_looks
+from benchmarks import plan_looks, plan_recipes
 from bildung.core.recipe import Recipe, Step, read_recipe
 from bildung.core.settings import resolve
 
@@ -38,14 +42,20 @@ FULL = {"data": "nursery:alpaca", "batch_size": 4, "max_length": 512, "held_out"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--only", nargs="*", help="these alone; default: all")
     parser.add_argument("--looks", action="store_true", help="operations that do not train")
+    parser.add_argument("--recipes", action="store_true", help="shipped recipes, each as a whole")
     parser.add_argument("--adapter", type=Path, help="a LoRA on the model, for those that take two")
     parser.add_argument("--one", help="run this step here and print its figures")
     parser.add_argument("--place", type=Path, help="where its directories are made")
     given = parser.parse_args()
+    if given.recipes:
+        plan_recipes.table(given.steps, given.only)
+        return
+    if given.model is None:
+        parser.error("give the directory of a model")
     if given.looks:
         plan_looks.table(given.model, given.adapter, given.only)
         return

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bildung.core import ranks
 from bildung.core.errors import TrainingError
-from bildung.core.hardware import Tidy
+from bildung.core.hardware import Tidy, keeping_memory
 from bildung.core.progress import progress
 from bildung.core.staging import END
 from bildung.train.ahead import ahead
@@ -164,6 +164,7 @@ def fit(
     first = ranks.rank() == 0
     with (
         torch.random.fork_rng(devices=devices),
+        keeping_memory(),
         saved or contextlib.nullcontext(),
         Log(out if first else None, history, [one(history) for one in watch] if first else ()) as log,
         progress(title, steps, done=history.steps, console=None if first else Console(quiet=True)) as bar,

@@ -45,7 +45,7 @@ from bildung.train.vocabulary import Vocabulary, vocabulary_of
 CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**27}
 # Where the unembedding trains, so many chunks of logits, in the type of the activations, share one product that is its
 # gradient: each costs a pass over the whole matrix.
-CHUNKS_OF_HEAD = 4
+CHUNKS_OF_HEAD = 2
 
 
 def clm(model: CausalLM, batch: Batch, smoothing: float = 0.0) -> LossSum:
@@ -209,6 +209,7 @@ class _Surprisal(torch.autograd.Function):
                 logits_CV = words.logits(h_CD)
             nll_N[rows], slope_CV = words.nll_and_slope(logits_CV.detach(), targets_N[rows], smoothing, spare_CV)
             (slope_ND[rows],) = torch.autograd.grad(logits_CV, h_CD, slope_CV.to(logits_CV.dtype))
+            del logits_CV
         # Detached: a tied unembedding is also the embedding that h came from; only its share as a head belongs here.
         ctx.save_for_backward(slope_ND, targets_N, *([h_ND.detach()] if head else []))
         return nll_N
@@ -233,7 +234,9 @@ class _Surprisal(torch.autograd.Function):
                 given = logits_CV.detach(), targets_N[rows], ctx.smoothing, spare_CV, weight_N[rows]
                 slope_CV = _slopes(words, *given)[1]
                 shares = words.gradients(logits_CV, leaves, slope_CV)
+                del given, logits_CV, slope_CV  # not to be there beside those of the next chunk
                 grads = [_added(*three) for three in zip(grads, shares, ctx.head, strict=True)]
+                del shares
         return grad_h_ND, None, None, None, *_all(grads, ctx.head)
 
 
@@ -256,7 +259,9 @@ class _SurprisalSum(torch.autograd.Function):
                 nll_C, slope_CV = _slopes(words, logits_CV.detach(), targets_N[rows], smoothing, spare_CV)
                 total += nll_C.sum()
                 slope_ND[rows], *shares = words.gradients(logits_CV, (h_CD, *leaves), slope_CV)
+                del logits_CV, slope_CV  # not to be there beside those of the next chunk
                 grads = [_added(*three) for three in zip(grads, shares, head, strict=True)]
+                del shares
         ctx.save_for_backward(slope_ND, *_all(grads, head))
         return total
 

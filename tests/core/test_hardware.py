@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,22 @@ def test_a_peak_does_not_stand_on_what_was_freed_before():
     with hardware.PeakMemory() as peak:
         assert len(last) == 100_000
     assert peak.bytes < before.bytes + 100e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told to keep memory")
+def test_memory_that_is_kept_is_not_fetched_again():
+    """A block above glibc's own limit, made and freed: a page fault for each 4 kB of it, or none."""
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        bytearray(64_000_000)[::4096] = bytes(15625)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages = 64_000_000 // os.sysconf("SC_PAGESIZE")
+    with hardware.keeping_memory():
+        faults()
+        assert faults() < pages // 100
+    assert faults() > pages // 2  # it is over
 
 
 def test_a_loop_gives_back_what_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:

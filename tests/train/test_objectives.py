@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 
 import pytest
 import torch
@@ -70,17 +71,25 @@ def test_without_gradients_the_numbers_are_the_same(make_model, batch_at, chunks
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_logits_exist_for_targets_only_and_a_chunk_at_a_time(make_model, batch_at, monkeypatch, trained):
-    """Four chunks where the unembedding trains; in float32 one in any case."""
+    """Two chunks where the unembedding trains; in float32 one in any case. Those before are gone by then."""
     monkeypatch.setitem(objectives.CHUNK_ELEMENTS, "cpu", 3 * 61)
     model, batch, wide = make_model(), batch_at(0), []
     model.lm_head.requires_grad_(trained)
     nll_and_slope = vocabulary.nll_and_slope
     monkeypatch.setattr(vocabulary, "nll_and_slope", lambda *given: wide.append(len(given[0])) or nll_and_slope(*given))
-    rows = []
-    unembed = model.unembed
-    monkeypatch.setattr(model, "unembed", lambda h: rows.append(len(h)) or unembed(h))
+    rows, made, unembed = [], [], model.unembed
+
+    def watched(h_CD):
+        assert not any(before() is not None for before in made)
+        rows.append(len(h_CD))
+        logits_CV = unembed(h_CD)
+        made.append(weakref.ref(logits_CV))
+        return logits_CV
+
+    monkeypatch.setattr(model, "unembed", watched)
     clm(model, batch)
-    assert max(rows) == (12 if trained else 3) and sum(rows) == batch.num_targets < batch.num_tokens
+    assert len(made) > 1
+    assert max(rows) == (6 if trained else 3) and sum(rows) == batch.num_targets < batch.num_tokens
     assert max(wide) == 3 and sum(wide) == batch.num_targets
 
 

@@ -89,14 +89,12 @@ class Ahead:
             return {"why": f"{step.verb.name} is no verb of bildung itself, and has no plan"}
         if _on_accelerator():
             return {"why": "on an accelerator only training is planned"}
-        values = step.settings(step.verb.load().Settings)
-        asked = {"verb": step.verb.name, "source": source or step.source, "values": values}
         process = self._started()
         timer = threading.Timer(LONGEST, process.kill)
         timer.start()
         try:
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(json.dumps(asked, default=str) + "\n")
+            process.stdin.write(request(step, source) + "\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -143,6 +141,12 @@ class Ahead:
                     if stream is not None:
                         stream.close()
         self._process = self._errors = None
+
+
+def request(step: Step, source: Path | None) -> str:
+    """What is asked, as a line of JSON."""
+    values = step.settings(step.verb.load().Settings)
+    return json.dumps({"verb": step.verb.name, "source": source or step.source, "values": values}, default=str)
 
 
 def _predicts_itself(step: Step) -> bool:

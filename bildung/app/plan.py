@@ -93,7 +93,7 @@ def planned(settings: Command, source: Path, room: int, on_accelerator: bool, co
 
     operation, values = settings.operation, words(settings.given)
     if operation in plain.PLAIN:
-        console.print("\n".join(plain.lines(operation, source)), markup=False, soft_wrap=True)
+        console.print("\n".join(plain.lines(operation, source, values)), markup=False, soft_wrap=True)
         return True
     if operation in using.OPERATIONS:
         return untrained(settings, source, room, console)

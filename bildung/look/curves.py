@@ -94,11 +94,17 @@ def curves_of(place: Path) -> Curves:
     return Curves(place.name, trained, held, overfitting(rows))
 
 
+def figure_size(runs: int) -> tuple[float, float]:
+    """Width and height in inches of the picture of so many runs."""
+    columns = min(COLUMNS, runs)
+    return 2.9 * columns, 2.3 * math.ceil(runs / columns) + 0.4
+
+
 def draw(runs: Sequence[Curves], path: Path, title: str = "") -> None:
     """A panel per run, as a PNG."""
     columns = min(COLUMNS, len(runs))
     lines = math.ceil(len(runs) / columns)
-    figure = Figure(figsize=(2.9 * columns, 2.3 * lines + 0.4), dpi=DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=figure_size(len(runs)), dpi=DPI, layout="constrained", facecolor="white")
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten()
     for panel, run in zip(panels, runs, strict=False):
         _panel(panel, run, runs[0].best[1], first=run is runs[0])

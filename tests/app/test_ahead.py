@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -78,8 +79,7 @@ def test_every_step_says_what_it_will_take(
     """Planned in this process; what kernels take is counted until they have run."""
 
     def answered(self: ahead.Ahead, step: Step, source: Path | None) -> dict[str, Any]:
-        values = step.settings(step.verb.load().Settings)
-        return answer({"verb": step.verb.name, "source": source and str(source), "values": values})
+        return answer(json.loads(ahead.request(step, source)))
 
     monkeypatch.setattr(ahead.Ahead, "_answer", answered)
     monkeypatch.setattr(ahead, "memory_there_is", lambda: 10**6)
@@ -89,6 +89,7 @@ def test_every_step_says_what_it_will_take(
     for name, record in records.items():
         assert record.measured["predicted_peak_bytes"] == sum(parts[name].values()) >= 10**9
     assert parts["base"]["weights"] == parts["atlas"]["weights"] > 10**5 and "activations" not in parts["base"]
+    assert 10**5 < parts["text"]["different words"] < 10**7
     assert parts["text"]["runtime"] == 10**9 < parts["atlas"]["runtime"] == 10**9 + FORWARD
     assert parts["again"]["runtime"] == 10**9  # they have run by then
     said = capsys.readouterr()

@@ -28,7 +28,7 @@ def of_recipe(path: Path, room: int, on_accelerator: bool, console: Console) -> 
     recipe, peaks = read_recipe(path), dict[str, int]()
     table = Table("step", "operation", "planned from", "peak", "", box=None)
     for step in recipe.steps:
-        source = there(recipe, step)
+        source = there(recipe, step) or (Path(step.source) if isinstance(step.source, str) else None)
         try:
             values = step.settings(step.verb.load().Settings)
             peak = sum(step_parts(step.verb, source, values, on_accelerator).values())
@@ -70,7 +70,7 @@ def step_parts(
     """
     name, kind = verb.name, verb.load().Settings
     if name in plain.PLAIN:
-        return {"runtime": 0 if beside else runtime()}
+        return {**plain.parts(name, str(source or ""), values), "runtime": 0 if beside else runtime()}
     if source is None or not source.exists():
         raise SettingsError(f"{source} is not there yet.")
     if name in using.OPERATIONS:

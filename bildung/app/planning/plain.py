@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bildung.app.planning.passes import own_bytes
-from bildung.core.errors import SettingsError
+from bildung.app.planning.passing import settings_for
+from bildung.app.planning.reading import READING_OPERATIONS
+from bildung.core.errors import BildungError, SettingsError
 from bildung.core.progress import size
 from bildung.core.verbs import find, verbs
 
@@ -19,7 +22,7 @@ PLAIN: Mapping[str, str] = {
     "look curves": "It reads the training logs of the runs, whole, and no weights.",
     "look pairs": "It loads the tokenizer alone, and keeps the pairs that it makes.",
     "pretrain tokenize": "It loads the tokenizer alone; text is read row by row, and the tokens of one part, four "
-    "million, are kept: about 0.2 GB.",
+    "million, are kept.",
     "tokenizer train": "Text is read row by row, more than once; the trainer keeps the different words and how often "
     "each occurs.",
     "tokenizer compare": "It loads the tokenizers, and of one text after the other as many rows as `limit` says.",
@@ -29,13 +32,28 @@ PLAIN: Mapping[str, str] = {
 }
 
 
-def lines(operation: str, source: Path) -> list[str]:
+def parts(operation: str, source: str, values: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of what such a command keeps beside the process itself; none of those that hardly keep anything, or whose
+    data nobody gave. Raises SettingsError for what cannot be planned, DataError for data that is not there."""
+    given, assumed = settings_for(operation, values)
+    if operation not in READING_OPERATIONS or "data" in assumed:
+        return {}
+    return READING_OPERATIONS[operation](source, given)
+
+
+def lines(operation: str, source: Path, values: Mapping[str, Any]) -> list[str]:
     """What is to be said of such a command. Raises SettingsError for a source that is not there."""
     reads_places = operation not in ("nursery", "plan", "tokenizer compare", "tokenizer trace")
     if reads_places and ":" not in str(source) and not source.exists():  # nursery:NAME and the like are no places
         raise SettingsError(f"{source} is not there; `bildung {operation} --help` says what it starts from.")
     own = own_bytes(find(operation, verbs()).load().__name__, source)
+    try:
+        kept = parts(operation, str(source), values)
+        said = [f"  Beside it: {', '.join(f'{name} {size(count)}' for name, count in kept.items())}."] if kept else []
+    except BildungError as error:
+        said = [f"  Not planned: {error}"]
     return [
         f"  It holds no model. {PLAIN[operation]}",
         f"  The process itself takes about {size(own)} with its code loaded.",
+        *said,
     ]

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 
 from bildung.core.errors import ModelFileError, SettingsError
+from bildung.core.hardware import Tidy, give_back_memory
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
@@ -65,35 +66,35 @@ def quantize(source: Path, out: Path, settings: Settings, *, force: bool = False
     """
 
     def work(job: Job) -> None:
-        original = load(source)
-        chosen = choose(original, source, settings)
-        if settings.card is not None:
-            card.before(job, original, settings.card)
         lm = load(source)
-        bytes_before, bits_before = weight_bytes(lm.model), bits_per_parameter(lm.model, chosen)
-        error = replace(lm.model, chosen, settings.method)
+        chosen = choose(lm, source, settings)
+        if settings.card is not None:
+            card.before(job, lm, settings.card)
+        job.measured |= {
+            "method": settings.method,
+            "matrices": len(chosen),
+            "kept": [name for name in lm.model.linears() if name not in chosen],
+            "bits_per_parameter_before": bits_per_parameter(lm.model, chosen),
+            "weight_bytes_before": weight_bytes(lm.model),
+            "file_bytes_before": file_bytes(source),
+        }
+        job.measured["weight_error"] = replace(lm.model, chosen, settings.method)
         if own := only_here(lm.model):
             job.notes.append(
                 f"{len(own)} matrices lie in this family's files fused or transposed, which no quantized format is: "
                 f"only this library loads the directory, others stop at it."
             )
         write_model(lm, job.out)
+        del lm
+        give_back_memory()  # two models at a time are enough
         written = load(job.out)  # what is on the disk is what is measured
         job.measured |= {
-            "method": settings.method,
-            "matrices": len(chosen),
-            "kept": [name for name in lm.model.linears() if name not in chosen],
-            "weight_error": error,
-            "bits_per_parameter_before": bits_before,
             "bits_per_parameter_after": bits_per_parameter(written.model, chosen),
-            "weight_bytes_before": bytes_before,
             "weight_bytes_after": weight_bytes(written.model),
-            "file_bytes_before": file_bytes(source),
             "file_bytes_after": file_bytes(job.out),
-            **compare(original, written, settings),
+            **compare(load(source), written, settings),
         }
         job.tokens_seen = job.measured["tokens"]
-        del original, lm
         if settings.card is not None:
             card.after(job, written, settings.card)
 
@@ -128,12 +129,14 @@ def choose(lm: LanguageModel, source: Path, settings: Settings) -> list[str]:
 def replace(model: Decoder, names: list[str], method: str) -> float:
     """Quantize the named matrices in place; returns ||W - W'|| / ||W|| over all of them."""
     lost = total = 0.0
+    tidy = Tidy()  # what the arithmetic of a matrix leaves behind, the small constants of the next keep from being used
     for name in names:
         linear = model.linears()[name]
         weight_OI = linear.base.dense().detach()
         linear.base = METHODS[method].quantize(weight_OI)
         lost += float((linear.base.dense().float() - weight_OI.float()).pow(2).sum(dtype=torch.float64))
         total += float(weight_OI.float().pow(2).sum(dtype=torch.float64))
+        tidy()
     return math.sqrt(lost / total) if total else 0.0
 
 

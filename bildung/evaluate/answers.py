@@ -13,6 +13,8 @@ from bildung.tokens.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from bildung.model.store import LanguageModel
 
+ROWS = 16  # prompts that are answered at a time
+
 
 def chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """The prompt as a user's turn, up to where the assistant speaks; as plain text without a chat template."""
@@ -22,7 +24,7 @@ def chat_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 
 def answers(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], new_tokens: int, until: Sequence[str] = (), rows: int = 16
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], new_tokens: int, until: Sequence[str] = (), rows: int = ROWS
 ) -> list[str]:
     """The most probable continuation, token by token, of each prompt; without what follows the first stop string.
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError
+from bildung.core.hardware import give_back_memory
 from bildung.evaluate.likelihood import batches, chunks, evaluating, rolling
 from bildung.evaluate.metrics import paired_difference
 from bildung.tokens.frames import decoder_frame, encode_sentence, frame_of
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from bildung.model.store import LanguageModel
 
 Card = Mapping[str, Any]
+CONTEXT, BATCH_TOKENS = 512, 2048  # tokens of a row, and of a batch, that two models are compared on
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def model_difference(
     lm_b: LanguageModel,
     texts: Iterable[str],
     *,
-    context: int = 512,
-    batch_tokens: int = 2048,
+    context: int = CONTEXT,
+    batch_tokens: int = BATCH_TOKENS,
     dtype: torch.dtype | None = None,
 ) -> dict[str, float]:
     """How far b's predictions are from a's over all tokens of `texts`.
@@ -134,7 +136,7 @@ def model_difference(
     with evaluating(lm_a.model, dtype), evaluating(lm_b.model, dtype):
         for batch in batches([len(piece) - 1 for _, piece in pieces], batch_tokens):
             numbers = torch.tensor([pieces[index][0] for index in batch])
-            parts += _compare_batch(lm_a, lm_b, [pieces[index][1] for index in batch], numbers)
+            parts += compare_batch(lm_a, lm_b, [pieces[index][1] for index in batch], numbers)
     kl_N, same_N, gap_N, nll_a_N, nll_b_N, text_N = (torch.cat(part) for part in zip(*parts, strict=True))
     kl_N = kl_N.clamp(min=0).double()  # rounding alone makes it negative
     return {
@@ -167,7 +169,7 @@ def encoder_difference(
     return {"state_error": math.sqrt(lost / total), "tokens": tokens}
 
 
-def _compare_batch(
+def compare_batch(
     lm_a: LanguageModel, lm_b: LanguageModel, pieces: list[Any], numbers_B: Tensor
 ) -> list[tuple[Tensor, ...]]:
     """Per place, in chunks: KL, same top token, largest logit gap, surprisal in a and in b, number of the text."""
@@ -179,18 +181,27 @@ def _compare_batch(
         target_BL[b, : len(piece)] = torch.tensor(piece.loss_mask)
     is_target, targets_N = target_BL[:, 1:], tokens_BL[:, 1:][target_BL[:, 1:]]
     text_N = numbers_B[:, None].expand_as(is_target)[is_target]
+    give_back_memory()  # neither does the place of logits hold activations, nor the other way round
     h_a, h_b = (_states(lm.model, tokens_BL[:, :-1])[is_target.to(lm.model.device)] for lm in (lm_a, lm_b))
+    give_back_memory()
     made = []
-    for (start, a_CV), (_, b_CV) in zip(chunks(lm_a.model, h_a), chunks(lm_b.model, h_b), strict=True):
-        a_CV, b_CV = a_CV.float(), b_CV.float().to(a_CV.device)
+    for start, a_CV in chunks(lm_a.model, h_a):
         here = slice(start, start + len(a_CV))
-        target_C1 = targets_N[here, None].to(a_CV.device)
-        same, gap = a_CV.argmax(-1) == b_CV.argmax(-1), (a_CV - b_CV).abs().amax(-1)
-        logp_CV, logq_CV = a_CV.log_softmax(-1), b_CV.log_softmax(-1)
-        kl = (logp_CV.exp() * (logp_CV - logq_CV)).sum(-1)
-        nll_a, nll_b = (-logp.gather(1, target_C1)[:, 0] for logp in (logp_CV, logq_CV))
-        made.append((*(part.cpu() for part in (kl, same, gap, nll_a, nll_b)), text_N[here]))
+        b_CV = lm_b.model.unembed(h_b[here])
+        found = _compare_logits(a_CV.float(), b_CV.float().to(a_CV.device), targets_N[here, None].to(a_CV.device))
+        made.append((*(part.cpu() for part in found), text_N[here]))
+        del a_CV, b_CV  # a table of logits less while the next two are made
     return made
+
+
+def _compare_logits(a_CV: Tensor, b_CV: Tensor, target_C1: Tensor) -> tuple[Tensor, ...]:
+    """KL, same top token, largest gap, surprisals. At most four tables of this size are there at a time."""
+    same, gap = a_CV.argmax(-1) == b_CV.argmax(-1), (a_CV - b_CV).abs_().amax(-1)
+    logp_CV, logq_CV = a_CV.log_softmax(-1), b_CV.log_softmax(-1)
+    nll_a, nll_b = (-logp.gather(1, target_C1)[:, 0] for logp in (logp_CV, logq_CV))
+    change_CV = logq_CV.neg_().add_(logp_CV)
+    kl = torch.linalg.vecdot(logp_CV.exp_(), change_CV)
+    return kl, same, gap, nll_a, nll_b
 
 
 def _states(model: Any, tokens_BL: Tensor) -> Tensor:

@@ -203,6 +203,11 @@ def _shown(seeds: Sequence[SeedTask], found: Sequence[str], draw: str) -> list[s
     return shown
 
 
+def first_shown(seeds: Sequence[SeedTask], given: Settings) -> list[list[str]]:
+    """What the first batch of prompts shows."""
+    return [_shown(seeds, [], f"{given.seed} {number}") for number in range(given.batch_size)]
+
+
 def _kinds(
     writer: Remembering,
     seeds: Sequence[SeedTask],

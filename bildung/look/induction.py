@@ -68,8 +68,8 @@ def induction(source: Path, out: Path, settings: Settings, *, force: bool = Fals
 
 def circuit(lm: LanguageModel, settings: Settings | None = None) -> dict[str, Any]:
     """The two heads, their figures, and under "ablations" what each earlier head is worth. Raises DataError."""
-    lm = half(lm, "decoder")
-    repeats = _repeats(lm, settings or Settings())
+    lm = continuing(lm)
+    repeats = repeats_for(lm, settings or Settings())
     found = figures(lm, repeats)
     layer, head = found["induction_head"]
     found["ablations"] = []
@@ -90,8 +90,7 @@ def figures(lm: LanguageModel, repeats: Repeats) -> dict[str, Any]:
     in_context       their difference                            k_composition    of the two heads, above chance
     score_without, second_loss_without                           with the previous-token head ablated
     """
-    if not isinstance(lm.model, CausalLM):
-        raise DataError(f"a {lm.config.model_type} of kind {lm.config.kind!r} does not continue text.")
+    lm = continuing(lm)
     layers = head_weights(lm.model)
     seen = head_scores(lm, repeats, layers)
     layer, head = seen.strongest("induction")
@@ -117,22 +116,31 @@ def figures(lm: LanguageModel, repeats: Repeats) -> dict[str, Any]:
     }
 
 
+def continuing(lm: LanguageModel) -> LanguageModel:
+    """What of a model continues text: itself, or its decoder. Raises DataError for one that does not."""
+    lm = half(lm, "decoder")
+    if not isinstance(lm.model, CausalLM):
+        raise DataError(f"a {lm.config.model_type} of kind {lm.config.kind!r} does not continue text.")
+    return lm
+
+
 def check(lm: LanguageModel) -> None:
     """Raises DataError for a model that the circuit cannot be looked for in."""
     head_weights(lm.model)
-    _repeats(lm, Settings())
+    repeats_for(lm, Settings())
 
 
 def watched(lm: LanguageModel) -> dict[str, float]:
     """The same for the log of a training run."""
     was_training = lm.model.training
     lm.model.eval()
-    found = figures(lm, _repeats(lm, Settings()))
+    found = figures(lm, repeats_for(lm, Settings()))
     lm.model.train(was_training)
     return {LOGGED + name: value for name, value in found.items() if isinstance(value, float)}
 
 
-def _repeats(lm: LanguageModel, given: Settings) -> Repeats:
+def repeats_for(lm: LanguageModel, given: Settings) -> Repeats:
+    """The rows of random tokens. Raises DataError for too small a vocabulary."""
     room = (lm.config.max_position_embeddings - 1) // 2
     return repeated_tokens(lm, stretch=given.stretch or min(50, room), rows=given.rows, seed=given.seed)
 

@@ -83,10 +83,8 @@ class Int8(Quantized):
 
     def tensors(self) -> dict[str, Tensor]:
         """Four values per int32, offset by 128, first value in the lowest byte; columns padded to a multiple of 4."""
-        offset = F.pad(self.values.to(torch.int32) + 128, (0, -self.in_features % 4))
-        shifts = torch.tensor([0, 8, 16, 24], dtype=torch.int64, device=offset.device)
-        packed = (offset.view(self.out_features, -1, 4).to(torch.int64) << shifts).sum(-1)
-        packed = torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+        bytes_OI = self.values.view(torch.uint8) ^ 128  # q + 128: in two's complement, the highest bit turned
+        packed = F.pad(bytes_OI, (0, -self.in_features % 4)).view(torch.int32)
         shape = torch.tensor([self.out_features, self.in_features])
         return {"weight_packed": packed, "weight_scale": self.scale, "weight_shape": shape}
 
@@ -108,6 +106,5 @@ class Int8(Quantized):
                 f"hold an 8-bit matrix {shape} with one scale per row."
             )
         check_finite(tensors, "weight_scale")
-        shifts = torch.tensor([0, 8, 16, 24], dtype=torch.int32)
-        values = ((packed[..., None] >> shifts) & 255).view(out_features, -1)[:, :in_features] - 128
-        return cls(values.to(torch.int8).contiguous(), scale, dtype)
+        values = packed.contiguous().view(torch.uint8)[:, :in_features] ^ 128
+        return cls(values.view(torch.int8).contiguous(), scale, dtype)

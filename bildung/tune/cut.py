@@ -24,6 +24,7 @@ from bildung.model.low_rank import LowRank
 from bildung.model.store import load, write_model
 from bildung.tune.dylora import NOTE
 from bildung.tune.instruction import base_of
+from bildung.tune.merge import check_is_adapter
 
 
 @settings_class
@@ -48,10 +49,8 @@ def cut(source: Path, out: Path, settings: Settings, *, force: bool = False) -> 
                 print(job.notes[-1])
         write_model(lm, job.out)
 
-    base = base_of(source)
-    if not base:
-        raise AdapterError(f"{source} is not an adapter directory (no adapter_config.json): there is nothing to cut.")
-    return perform("tune cut", source, out, settings, work, companions=base, force=force)
+    check_is_adapter(source, "cut")
+    return perform("tune cut", source, out, settings, work, companions=base_of(source), force=force)
 
 
 def alpha_of(adapter: Path) -> float | None:

@@ -40,19 +40,20 @@ from bildung.evaluate.card import CardSettings
 from bildung.model.store import LanguageModel
 from bildung.train.checkpoint import put, trained
 from bildung.train.fit import STOP, Also, History, Objective, mean_loss
-from bildung.train.training import Batches, Training, run
+from bildung.train.training import Batches, Training, run, steps_of
 from bildung.tune.gauges import Gauge, OnCard, OnTexts
 from bildung.tune.rehearsing import nothing_raised
 from bildung.tune.trunk import speaking
 
 SHARES = (0.1, 0.25, 0.5)  # of the batches, of rehearsed rows, one after the other
+MOST = 1.0  # a larger budget is a slip: all that the source knows, or twice its loss
 
 
 @settings
 class Forgetting(Training):
     """What a tuning operation can be told about forgetting."""
 
-    forget_budget: float | None = None  # stop when more than this share of the source's abilities is lost
+    forget_budget: float | None = None  # stop when more than this share of the source's abilities is lost; 0.02: 2 %
     forget_data: str | None = None  # general texts whose loss tells; default: the tasks of the card
     forget_every: int = 25  # steps between two measurements of it
     rehearse: str | None = None  # conversations to mix in, more and more, before the budget makes an end
@@ -72,6 +73,11 @@ def check_budget(given: Forgetting, measured: CardSettings | None, *, more: bool
         raise SettingsError(
             f"forget_budget = {given.forget_budget}, forget_every = {given.forget_every}; the budget must be at least "
             f"0 (0.02: a fiftieth), the steps at least 1."
+        )
+    if given.forget_budget > MOST:
+        raise SettingsError(
+            f"forget_budget = {given.forget_budget:g} is {100 * given.forget_budget:g} %; the budget is a share of at "
+            f"most {MOST:g}. {given.forget_budget:g} % is {given.forget_budget / 100:g}."
         )
     if given.forget_data is None and measured is None and not more:
         raise SettingsError(
@@ -126,7 +132,9 @@ def run_within_budget(
     budget = Budget(job, lm, given, gauges, raised, old or given.rehearse, settle)
     told |= {"held_out": held_out, "also": budget.also, "carried": budget.carried}
     history = run(job, lm.model, given, batch_at, objective, **told)
-    if budget.finish(history) and held_out:  # what was measured last was of other weights
+    if (
+        budget.finish(history, steps_of(given, batch_at.batches_per_epoch)) and held_out
+    ):  # what was measured last was of other weights
         found = mean_loss(lm.model, objective, held_out)
         row = {f"held_out_{name}": value for name, value in found.items()}
         history.rows.append({"step": int(budget.carried["kept_step"]), **row})
@@ -195,9 +203,10 @@ class Budget:
         self.parts = found if len(found) > 1 else {}
         return max(math.inf if math.isnan(lost) else lost for lost in found.values())
 
-    def finish(self, history: History) -> bool:
+    def finish(self, history: History, steps: int) -> bool:
         """Puts the kept weights back where the last ones are beyond the budget, and records what was seen. Returns
-        whether they were put back."""
+        whether they were put back. steps: so many were to be made."""
+        stopped = bool(history.rows and history.rows[-1].get(STOP)) and history.steps < steps
         looks = [[row["step"], row["forgetting"]] for row in history.rows if "forgetting" in row]
         if self.given.patience is not None:  # the weights are now those of the lowest held-out loss
             looks.append([history.best_step, self.lost()])
@@ -207,7 +216,8 @@ class Budget:
         beyond = lost > self.allowed
         if beyond:
             put(self.lm.model, {name: self.carried[f"kept.{name}"] for name in trained(self.lm.model)})
-            note = f"stopped after step {step}: {self._in_words(lost)}; the weights are those of step {kept}"
+            when = f"{'stopped ' * stopped}after step {step}{', the last' * (step == steps)}"
+            note = f"{when}: {self._in_words(lost)}; the weights are those of step {kept}"
             step, lost = kept, float(self.carried["kept_lost"])
             if not kept:
                 note += (
@@ -224,7 +234,7 @@ class Budget:
             "measured_on": " and ".join(one.on for one in self.gauges),
             "at_start": self.at_start,
             "looks": looks,
-            "stopped_after": looks[-1][0] if beyond else None,
+            "stopped_after": history.steps if stopped else None,
             "kept_step": step,
             "lost": lost,
             "rehearsal": self.carried["rehearsal"].tolist(),

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from bildung.core.errors import AdapterError
+from bildung.core.hardware import give_back_memory
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
@@ -60,6 +61,8 @@ def merge(source: Path, out: Path, settings: Settings, *, force: bool = False) -
         job.notes.append(f"merged in float32, written in {str(dtype).removeprefix('torch.')}")
         if kinds:
             job.notes.append(f"the base was quantized ({', '.join(kinds)}): it was dequantized, the result is dense")
+        del lm
+        give_back_memory()  # it would stand beside the two that are compared
         merged = load(job.out)
         texts = [text[:CHARACTERS] for text in documents(settings.compare_on, limit=settings.compare_texts)]
         difference = model_difference(load(source), merged, texts, dtype=torch.float32)
@@ -68,11 +71,18 @@ def merge(source: Path, out: Path, settings: Settings, *, force: bool = False) -
         if settings.card is not None:
             card.after(job, merged, settings.card)
 
+    check_is_adapter(source)
     base = base_of(Path(source))
-    if not base:
-        raise AdapterError(f"{source} is not an adapter directory (no adapter_config.json): there is nothing to merge.")
     data = fingerprint(settings.compare_on)
     return perform("merge", source, out, settings, work, data=data, companions=base, force=force)
+
+
+def check_is_adapter(source: Path, what: str = "merge") -> None:
+    """Raises AdapterError for anything else."""
+    if not base_of(Path(source)):
+        raise AdapterError(
+            f"{source} is not an adapter directory (no adapter_config.json): there is nothing to {what}."
+        )
 
 
 def fold_deltas(model: Decoder, dtype: torch.dtype) -> int:

@@ -38,8 +38,7 @@ class Settings:
 
 def stretch(source: Path, out: Path, settings: Settings, *, force: bool = False) -> Record:
     """Stretch the table of `source` into `out`. Raises SettingsError, ModelFileError when there is no such table."""
-    if settings.positions < 2:
-        raise SettingsError(f"positions = {settings.positions}; a table has at least two.")
+    check_length(settings.positions)
 
     def work(job: Job) -> None:
         lm = load(source)
@@ -54,16 +53,28 @@ def stretch(source: Path, out: Path, settings: Settings, *, force: bool = False)
     return perform("tune stretch", source, out, settings, work, force=force)
 
 
-def stretched(lm: LanguageModel, positions: int) -> LanguageModel:
-    """The same model with a table of so many positions; rows before position 0 (RoBERTa, BART) stay as they are.
+def check_length(positions: int) -> None:
+    """Raises SettingsError for a table of one row or none."""
+    if positions < 2:
+        raise SettingsError(f"positions = {positions}; a table has at least two.")
 
-    Raises ModelFileError for a model without a learned table, and for an adapter.
-    """
+
+def check(lm: LanguageModel, positions: int) -> None:
+    """Raises ModelFileError for a model without a learned table and for an adapter, SettingsError for no length."""
+    check_length(positions)
     if getattr(lm.config, "positions", None) != "learned" or lm.config.kind == "vision":
         kind = "of an image, stretched by itself" if lm.config.kind == "vision" else "not a learned table"
         raise ModelFileError(f"the positions of this {lm.config.model_type} are {kind}: there is nothing to stretch.")
     if lm.added:
         raise ModelFileError("this is an adapter; `bildung merge` it into its base first, then stretch the result.")
+
+
+def stretched(lm: LanguageModel, positions: int) -> LanguageModel:
+    """The same model with a table of so many positions; rows before position 0 (RoBERTa, BART) stay as they are.
+
+    Raises SettingsError, ModelFileError as `check` does.
+    """
+    check(lm, positions)
     tensors, table = state_tensors(lm.model), names.places(lm.config)
     for path, module in lm.model.named_modules():
         if isinstance(module, AddedPositions):

@@ -12,6 +12,7 @@ from bildung.app.cli import run
 from bildung.app.plan import bytes_of, settings_of, words
 from bildung.app.planning import using
 from bildung.app.planning.advice import devices, in_words, what_fits
+from bildung.app.planning.passing import looked
 from bildung.app.planning.tables import arithmetic
 from bildung.app.planning.training import subject
 from bildung.compress.quantize import Settings as Quantize
@@ -89,12 +90,9 @@ def test_every_operation_that_trains(
     assert f"{operation} from" in shown and "peak" in shown and "It fits" in shown
 
 
-def test_every_operation_that_does_not(
-    tiny_lm: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_lora: Path
-) -> None:
+def test_every_operation_that_does_not(tiny_lm: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for operation in using.OPERATIONS:
-        source = tiny_lora if operation == "merge" else tiny_lm.path
-        shown = planned(capsys, operation, str(source))
+        shown = planned(capsys, operation, str(tiny_lm.path))
         assert f"{operation} from" in shown and "weights" in shown and "It fits" in shown
     small = using.use("generate", tiny_lm.path, {"prompt": 16, "new_tokens": 16}, 0)
     large = using.use("generate", tiny_lm.path, {"prompt": 16, "new_tokens": 16, "rows": 4}, 0)
@@ -105,17 +103,10 @@ def test_every_operation_that_does_not(
         using.use("generate", tiny_lm.path, {"temperature": 1}, 0)
 
 
-@pytest.fixture
-def tiny_lora(tiny_lm: Any, tmp_path: Path) -> Path:
-    from bildung.tune.lora import Settings, lora
-
-    out = tmp_path / "adapter"
-    lora(tiny_lm.path, out, Settings(data="mini:chat", limit=4, steps=1, max_length=48, batch_size=1))
-    return out
-
-
 def test_a_quantized_base_is_planned_as_it_lies_there(tiny_lm: Any, tmp_path: Path) -> None:
-    quantize(tiny_lm.path, tmp_path / "nf4", Quantize(method="nf4", compare_texts=1))
+    made = quantize(tiny_lm.path, tmp_path / "nf4", Quantize(method="nf4", compare_texts=1))
+    (foretold,) = looked("quantize", tiny_lm.path, {"method": "nf4", "compare_texts": 1}, own=0)
+    assert foretold.passes[0].beside["the result, read"] == made.measured["weight_bytes_after"]
     given = settings_of("tune qlora", {"max_length": 16, "rank": 4})
     dense, nf4 = (subject("tune lora", path, given).plan(False) for path in (tiny_lm.path, tmp_path / "nf4"))
     assert nf4.weights < dense.weights and nf4.trainable == dense.trainable
@@ -227,14 +218,13 @@ def test_a_sharing_that_was_asked_for_counts(
     [
         ("generate", "rows=0", "rows = 0 was given; it must be a number of at least 1"),
         ("generate", "prompt=abc", "prompt = 'abc' was given"),
-        ("quantize", "method=nf3", "method = 'nf3' was given; there are: int8, nf4"),
-        ("evaluate", "dtype=int8", "dtype = 'int8' was given"),
+        ("adopt", "dtype=int8", "dtype = 'int8' was given"),
         ("tune lora", "batch_size=0", "batch_size = 0 was given; it must be at least 1"),
         ("tune long_lora", "length=30", "rows of length = 30 do not fall into groups"),
         ("tune lora", "forget_budget=.nan", "forget_budget = nan"),
         ("tune lora", "rank=[1,2", "cannot be read as YAML"),
         ("generate", "prompt=100000", "prompt = 100000 was given; the model reads at most"),
-        ("merge", "dtype=bfloat16", "is no adapter"),
+        ("tune lora", "forget_budget=2", r"2 is 200 %; the budget is a share of at most 1. 2 % is 0.02"),
         ("live", "x=1", "a recipe's steps have their own settings"),
     ],
 )

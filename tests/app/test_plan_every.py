@@ -12,7 +12,7 @@ from bildung.app.cli import run
 from bildung.app.planning import plain, several, using
 from bildung.app.planning.passes import fullest, own_bytes
 from bildung.app.planning.passing import PASSING, looked, smaller
-from bildung.core.errors import SettingsError
+from bildung.core.errors import AdapterError, BildungError, DataError, ModelFileError, SettingsError
 from bildung.core.staging import INPUTS
 from bildung.core.verbs import verbs
 from bildung.model.build import build
@@ -124,6 +124,22 @@ def test_every_verb_on_the_command_line(
     shown = " ".join(capsys.readouterr().out.split())
     assert "has no plan" not in shown
     assert "It fits" in shown or "holds no model" in shown or "The largest step" in shown, shown
+
+
+def test_what_the_operation_refuses_its_plan_refuses(places: dict[str, Path]) -> None:
+    """By the operation's own check."""
+    refused: list[tuple[str, str, type[BildungError], str]] = [
+        ("look induction", "bert", DataError, "does not continue text"),
+        ("tune stretch", "lm", ModelFileError, "are not a learned table: there is nothing to stretch"),
+        ("tune cut", "lm", AdapterError, "there is nothing to cut"),
+        ("merge", "lm", AdapterError, "there is nothing to merge"),
+        ("quantize", "lora", ModelFileError, "is an adapter"),
+        ("self-instruct", "lm", SettingsError, "exceed the model's context"),
+        ("self-instruct", "bert", DataError, "does not continue text"),
+    ]
+    for name, source, error, message in refused:
+        with pytest.raises(error, match=message):
+            looked(name, places[source], {}, own=0)
 
 
 def test_patterns_by_hand(tiny_lm_directory: Path) -> None:

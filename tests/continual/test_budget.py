@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ from bildung.train.checkpoint import trained
 from bildung.tune.forgetting import Budget
 from bildung.tune.gauges import TEXTS
 from bildung.tune.trunk import fixed_batches, speaking, text_loss
+
+
+@pytest.fixture(autouse=True)
+def any_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets that are never reached are of use in these tests alone."""
+    monkeypatch.setattr("bildung.tune.forgetting.MOST", math.inf)
+
 
 FREE = {"forget_budget": 1e9, "forget_every": 2}
 

@@ -24,6 +24,12 @@ from bildung.tune.rehearsing import Rehearsing
 from tests.tune.conftest import GENERAL
 
 
+@pytest.fixture(autouse=True)
+def any_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets that are never reached are of use in these tests alone."""
+    monkeypatch.setattr("bildung.tune.forgetting.MOST", math.inf)
+
+
 @pytest.fixture
 def told(given, general):
     """A run that forgets much, by a large learning rate, looked at every two steps."""
@@ -198,9 +204,11 @@ def test_a_run_that_ends_while_rehearsal_may_be_raised_is_within_its_budget_too(
     given = lora.Settings(**{**told, "steps": 3}, forget_budget=0.0, rehearse=data, warmup=0.0)
     measured = lora.lora(source, tmp_path / "out", given).measured["forgetting"]
     assert [step for step, _ in measured["looks"]] == [2, 3] and measured["looks"][-1][1] > 0
-    assert measured["kept_step"] == 0
+    assert measured["kept_step"] == 0 and measured["stopped_after"] is None
     assert torch.equal(logits(bildung.load(tmp_path / "out")), logits(bildung.load(source)))
-    assert "no step was within the budget, and nothing was learned" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no step was within the budget, and nothing was learned" in said
+    assert "forgetting: after step 3, the last:" in said and "stopped after" not in said
 
 
 def test_the_share_of_old_batches():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ from bildung.tune.trunk import WithTexts, fixed_batches, speaking, text_batches_
 from tests.conftest import CONFIG, tiny_tokenizer
 from tests.model.tiny_encoder import tiny_encoder
 from tests.tune.conftest import GENERAL
+
+
+@pytest.fixture(autouse=True)
+def any_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Budgets that are never reached are of use in these tests alone."""
+    monkeypatch.setattr("bildung.tune.forgetting.MOST", math.inf)
+
 
 RATES = {"lora": 2e-2, "full": 5e-3, "prompt": 0.5, "prefix": 0.5, "adapter": 5e-2, "ia3": 0.2}
 

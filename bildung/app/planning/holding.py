@@ -1,5 +1,6 @@
 """The plan of operations that hold a model and hardly run it.
 
+    merge, quantize, evaluate         measuring.py
     show, sites, relink, look table   the model, as it lies in its files; relink an adapter beside it
     tune combine, tune cut            the model, the adapters on it, and its files once more, to be compared
     tune stretch                      the model, and the new table
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from bildung.app.planning.looks_text import writing
+from bildung.app.planning.measuring import evaluate_passes, merge_passes, quantize_passes
 from bildung.app.planning.passes import Look, Pass
 from bildung.app.planning.training import model_of
 from bildung.app.planning.using import base_of, file_bytes
@@ -28,12 +30,16 @@ from bildung.core.settings import resolve
 from bildung.core.staging import INPUTS, staging_of
 from bildung.core.verbs import find, verbs
 from bildung.instruct.prompts import ask_for_instances, ask_for_instructions
-from bildung.instruct.self_instruct import OF_PEOPLE, OF_THE_MODEL, SHOWN_INSTANCES, read_seeds
+from bildung.instruct.self_instruct import OF_PEOPLE, OF_THE_MODEL, SHOWN_INSTANCES, first_shown, read_seeds
 from bildung.model import adapter_file
 from bildung.model.store import LanguageModel
 from bildung.run.embed import recipe
 from bildung.run.generate import encode_prompt
+from bildung.run.loop import check
 from bildung.train.plan import state_bytes
+from bildung.train.training import check_continues_text
+from bildung.tune.merge import check_is_adapter
+from bildung.tune.stretch import check as check_stretch
 
 AT_ONCE = 32  # texts that are embedded together
 RANK = 8  # of adapters that nobody gave
@@ -82,10 +88,7 @@ def combine(look: Look) -> list[Pass]:
 
 def cut(look: Look) -> list[Pass]:
     """`tune cut`."""
-    if base_of(look.source) == look.source:
-        raise AdapterError(
-            f"{look.source} is not an adapter directory (no adapter_config.json): there is nothing to cut."
-        )
+    check_is_adapter(look.source, "cut")
     look.read(look.source)
     look.parts["the model's files once more, compared"] = file_bytes(base_of(look.source))
     return []
@@ -97,6 +100,7 @@ def stretch(look: Look) -> list[Pass]:
     positions = 2 * lm.config.max_position_embeddings if "positions" in look.assumed else look.given.positions
     if "positions" in look.assumed:
         look.say(f"positions: {positions}, twice as many")
+    check_stretch(lm, positions)
     look.parts["the new table"] = 2 * positions * lm.config.hidden_size * lm.model.weight_dtype.itemsize
     return []
 
@@ -150,16 +154,25 @@ def self_instruct(look: Look) -> list[Pass]:
         look.remarks.append("a server writes: no model is held here")
         return []
     lm = look.read(look.source)
+    check_continues_text(lm)
     seeds, _ = read_seeds(given.seeds)
+
+    def tokens(prompt: str) -> int:
+        return len(encode_prompt(lm, prompt, given.chat))
+
+    begun = [tokens(ask_for_instructions(one)) for one in first_shown(seeds, given)]
+    check(lm.model, [[0] * length for length in begun], given.new_tokens)
     longest = sorted(seeds, key=lambda one: -len(str(one)))
-    prompts = [
-        ask_for_instructions([one.instruction for one in longest[: OF_PEOPLE + OF_THE_MODEL]]),
-        ask_for_instances(longest[:SHOWN_INSTANCES], longest[0].instruction, False),
-    ]
-    prompt = max(len(encode_prompt(lm, one, given.chat)) for one in prompts)
-    prompt = min(prompt, lm.config.max_position_embeddings - given.new_tokens)
+    series = ask_for_instructions([one.instruction for one in longest[: OF_PEOPLE + OF_THE_MODEL]])
+    prompt = max(tokens(series), tokens(ask_for_instances(longest[:SHOWN_INSTANCES], longest[0].instruction, False)))
+    if prompt > (room := lm.config.max_position_embeddings - given.new_tokens):
+        look.remarks.append(
+            f"prompts may have up to {prompt} tokens, and {room} fit beside an answer of {given.new_tokens}: at the "
+            f"first that does not it ends, and what was answered is kept"
+        )
+        prompt = room
     look.remarks.append("how many prompts it takes until enough is kept depends on what the model writes")
-    return [writing(look, 0, given.batch_size, max(1, prompt), given.new_tokens)]
+    return [writing(look, 0, given.batch_size, prompt, given.new_tokens)]
 
 
 def adapter_bytes(directory: Path) -> int:
@@ -171,6 +184,9 @@ def adapter_bytes(directory: Path) -> int:
 
 
 HOLDING: Mapping[str, Callable[[Look], list[Pass]]] = {
+    "merge": merge_passes,
+    "quantize": quantize_passes,
+    "evaluate": evaluate_passes,
     "show": only_loaded,
     "sites": only_loaded,
     "relink": relink,

@@ -29,6 +29,7 @@ from bildung.look.attention_heads.in_context_score import loss_by_position
 from bildung.look.by_position import BATCH_TOKENS
 from bildung.look.in_context import CONTENT_FREE
 from bildung.look.in_context import read as read_questions
+from bildung.look.induction import continuing, repeats_for
 from bildung.look.multi_hop import HOPS
 from bildung.look.multi_hop import questions as two_hop_questions
 from bildung.look.patchscope import every
@@ -93,18 +94,17 @@ def circuits_passes(look: Look) -> list[Pass]:
 def induction_passes(look: Look) -> list[Pass]:
     """`look induction`."""
     given = look.given
-    lm = half(look.read(look.source), "decoder")
-    stretch = given.stretch or min(50, (lm.config.max_position_embeddings - 1) // 2)
+    lm = continuing(look.read(look.source))
+    length = repeats_for(lm, given).tokens_RL.shape[1]
 
     @torch.no_grad()
     def run(lms: list[LanguageModel]) -> Any:
-        one = half(lms[0], "decoder")
+        one = continuing(lms[0])
         layers = head_weights(one.model)
-        repeats = repeated_tokens(one, stretch=stretch, rows=given.rows, seed=given.seed)
-        return layers, head_scores(one, repeats, layers)
+        return layers, head_scores(one, repeats_for(one, given), layers)
 
     look.remarks.append("how many heads lie below the induction head, to be ablated, is known when it is found")
-    return [Pass(f"{given.rows} rows of {2 * stretch} random tokens, and the weights of all heads", run, None)]
+    return [Pass(f"{given.rows} rows of {length} random tokens, and the weights of all heads", run, None)]
 
 
 def in_context_passes(look: Look) -> list[Pass]:

@@ -39,6 +39,7 @@ from bildung.look.prompt import half
 from bildung.look.saliency import METHODS, explain
 from bildung.model.store import LanguageModel
 from bildung.model.taps import intervene, observe, sites
+from bildung.run.loop import WORTH_PACKING
 
 SOURCE = 32  # tokens of a source that nobody gave
 DRAWN = 100  # bytes that drawing takes for each point of a picture
@@ -209,8 +210,8 @@ def writing(look: Look, number: int, rows: int, prompt: int, new_tokens: int, an
     """One of the models (by its number) writes: packed matrices, keys and values, and the prompt's activations. What is
     timed is the reading."""
     model = look.lms[number].model
-    if model.device.type == "cpu":
-        look.parts.setdefault("packed matrices", packed_bytes(model, model.dtype.itemsize))
+    packs = model.device.type == "cpu" and new_tokens >= WORTH_PACKING
+    beside = {"packed matrices": packed_bytes(model, model.dtype.itemsize)} if packs else {}
 
     def run(lms: list[LanguageModel]) -> Any:
         model = lms[number].model
@@ -222,7 +223,7 @@ def writing(look: Look, number: int, rows: int, prompt: int, new_tokens: int, an
             return cache, model.unembed(model.hidden(tokens_BL, kv_cache=cache)[:, -1]).float()
 
     what = f"{rows} prompts of {prompt} tokens are read, of which {new_tokens} tokens each are written"
-    return Pass(what, run, None if answers is None else math.ceil(answers / rows))
+    return Pass(what, run, None if answers is None else math.ceil(answers / rows), beside=beside)
 
 
 def alignment_passes(look: Look) -> list[Pass]:

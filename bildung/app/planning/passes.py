@@ -16,7 +16,7 @@ import dataclasses
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from bildung.app.planning.using import base_of, file_bytes
+from bildung.core.verbs import find, verbs
 from bildung.look.asked import mask_id_of, with_source
 from bildung.look.lenses.lens import ANSWER
 from bildung.look.precise import load_precise
@@ -70,6 +71,7 @@ class Pass:
     times: int | None = 1
     runs: int = 1  # passes that `run` makes
     back: bool = False  # gradients are worked out
+    beside: Mapping[str, int] = dataclasses.field(default_factory=dict)  # bytes that are there while it runs
 
 
 @dataclasses.dataclass
@@ -157,6 +159,11 @@ def own_bytes(module: str, source: Path) -> int:
     return int(done.stdout.split()[-1])
 
 
+def process_bytes(operation: str, source: Path) -> int:
+    """Bytes of a process that is about to run an operation on a model."""
+    return own_bytes(find(operation, verbs()).load().__name__, base_of(source))
+
+
 def stored_type(directory: Path) -> torch.dtype:
     """The type of most numbers in a directory's files."""
     counts: dict[torch.dtype, int] = {}
@@ -189,7 +196,7 @@ def fullest(lms: list[LanguageModel], passes: Sequence[Pass]) -> dict[str, int]:
         del kept
         found = {name: int(count) for name, count in ledger.fullest.items()}
         found["holes"] = int(HOLES * sum(count for name, count in found.items() if name != LARGE))
-        best = max(best, found, key=lambda parts: sum(parts.values()))
+        best = max(best, {**one.beside, **found}, key=lambda parts: sum(parts.values()))
     return best
 
 

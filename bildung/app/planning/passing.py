@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from rich.console import Console
 
 from bildung.app.planning.holding import HOLDING
 from bildung.app.planning.looking import INDEX, LOOKS
 from bildung.app.planning.passes import FORWARD, PROMPT, Look, Pass, fullest, own_bytes, seconds_of
+from bildung.app.planning.reading import tokenizers_bytes
 from bildung.app.planning.tables import parts_table
 from bildung.app.planning.using import base_of
 from bildung.core.errors import SettingsError
@@ -27,6 +29,7 @@ from bildung.core.settings import resolve
 from bildung.core.verbs import find, verbs
 from bildung.model.adapter_file import CONFIG as ADAPTER
 from bildung.model.count import count, totals
+from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.plan import KERNELS
 
 PASSING = {**LOOKS, **HOLDING}
@@ -46,6 +49,7 @@ STANDS_IN: Mapping[str, Any] = {
     "out": Path("."),
     "positions": 2,
     "rank": 1,
+    "method": "int8",
     "texts": (),
 }
 HALVED = ("batch_size", "batch_tokens", "rows", "samples", "points", "limit", "text_rows", "length", "max_length")
@@ -96,10 +100,14 @@ def looked(
     given, assumed = settings_for(operation, values)
     look = Look(source, given, assumed, length)
     passes = PASSING[operation](look)
-    kernels = KERNELS if any(one.back for one in passes) else FORWARD if passes else 0
+    narrow = any(one.model.dtype != torch.float32 for one in look.lms)  # kernels of bfloat16 take as much as training's
+    kernels = KERNELS if passes and (narrow or any(one.back for one in passes)) else FORWARD if passes else 0
     place = base_of(source) if (source / ADAPTER).exists() else source
-    if own is None:
+    if own is None:  # with the tokenizer of the first model
         own = own_bytes(find(operation, verbs()).load().__name__, place)
+        first = look.lms[0].tokenizer if look.lms else None
+        others = {id(one.tokenizer): one.tokenizer for one in look.lms if one.tokenizer is not first}
+        look.parts["tokenizers"] = tokenizers_bytes(one for one in others.values() if isinstance(one, Tokenizer))
     found = max(fullest(look.lms, passes), look.later, key=lambda parts: sum(parts.values()))
     parts = {name: bytes_ for name, bytes_ in {**look.parts, **found}.items() if bytes_}
     return [Looked(look, passes, {**parts, "runtime": own + kernels})]
@@ -110,6 +118,8 @@ def settings_for(operation: str, values: Mapping[str, Any]) -> tuple[Any, frozen
     SettingsError."""
     module = find(operation, verbs()).load()
     kind = getattr(module, "Settings", None) or module.Command
+    if operation == "evaluate" and "card" not in values:  # on the command line the card's settings are its own
+        values = {"card": dict(values)}
     without = (dataclasses.MISSING, dataclasses.MISSING)
     needed = [one.name for one in dataclasses.fields(kind) if (one.default, one.default_factory) == without]
     own = needed[:1] if not hasattr(module, "Settings") else []  # of a command, what it starts from is a setting, too

@@ -1,8 +1,6 @@
-"""The plan of operations that train nothing: which models are in memory at the same time, and what is computed on them.
+"""The plan of operations that take a model as it lies on the disk, and of which a few numbers say all.
 
     adopt             the files, read as they lie on the disk, and the model in its type
-    merge, quantize   the model before, while it is changed, and as it was written: the last two are compared on prose
-    evaluate          the model, and a batch of about 2,048 tokens
     generate, chat    the model, keys and values of the whole context, and the activations of the prompt
 
 Files are mapped: as long as a weight keeps its type, its bytes are the file's. What is computed is counted on paper, as
@@ -26,15 +24,10 @@ from bildung.train.ledger import Ledger, paper_of, without_numbers
 from bildung.train.plan import HOLES
 
 BITS = {"int8": 8.0, "nf4": 4.127}  # of a quantized weight (model/quantized.py)
-SCORED = 2048  # tokens of a batch that is scored (evaluate/likelihood.py)
-COMPARED = 700  # about the tokens of a text on which two models are compared
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-OPERATIONS = ("adopt", "merge", "quantize", "evaluate", "generate", "chat")
+OPERATIONS = ("adopt", "generate", "chat")
 GIVEN: Mapping[str, Mapping[str, Any]] = {
     "adopt": {"dtype": None},
-    "merge": {"dtype": None},
-    "quantize": {"method": "int8"},
-    "evaluate": {"dtype": "bfloat16"},
     "generate": {"rows": 1, "prompt": 512, "new_tokens": 64},
     "chat": {"rows": 1, "prompt": 512, "new_tokens": 64},
 }
@@ -65,8 +58,6 @@ def use(operation: str, source: Path, given: Mapping[str, Any], runtime: int) ->
         check_value(name, given[name])
     asked = {**known, **given}
     base = base_of(source)
-    if operation == "merge" and base == source:
-        raise SettingsError(f"{source} is no adapter (no adapter_config.json); there is nothing to merge.")
     config, file = read_config(base), file_bytes(base)
     limit = getattr(config, "max_position_embeddings", None) or 2**62
     if "prompt" in known:
@@ -78,26 +69,11 @@ def use(operation: str, source: Path, given: Mapping[str, Any], runtime: int) ->
     model = on_paper(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stored = round(file / max(1, parameters))  # bytes of a weight
-    length = {"merge": COMPARED, "quantize": COMPARED, "evaluate": SCORED}.get(operation, asked.get("prompt", 1))
-    length = min(length, limit)
+    length = min(asked.get("prompt", 1), limit)
     parts = {"weights": file}
     if operation == "adopt":
         item = ITEM[asked["dtype"]] if asked["dtype"] else stored
         parts["weights in another type"] = parameters * item if item != stored else 0
-    elif operation == "merge":
-        item = ITEM[asked["dtype"]] if asked["dtype"] else stored
-        parts |= {"merged": parameters * item, "as written": parameters * item, "adapter": 2 * file_bytes(source)}
-        parts |= computed(model, 1, length, torch.float32)
-    elif operation == "quantize":
-        matrices = sum(one.in_features * one.out_features for one in model.linears().values())
-        tied = getattr(config, "tie_word_embeddings", False)
-        matrices -= config.vocab_size * config.hidden_size if tied else 0
-        quantized = int(matrices * BITS[asked["method"]] / 8) + (parameters - matrices) * stored
-        parts |= {"quantized": quantized, "as written": quantized, **computed(model, 1, length, torch.float32)}
-    elif operation == "evaluate":
-        item = ITEM[asked["dtype"]]
-        parts["packed matrices"] = packed_bytes(model, item)
-        parts |= computed(model, max(1, SCORED // length), length, torch.bfloat16 if item == 2 else torch.float32)
     else:
         dtype = torch.float32 if stored == 4 else torch.bfloat16
         context = min(asked["prompt"] + asked["new_tokens"], limit)
@@ -128,7 +104,7 @@ def using_less(operation: str, given: dict[str, Any], length: int) -> list[dict[
 
 def check_value(name: str, value: Any) -> None:
     """Raises SettingsError for a value that no plan can be made with."""
-    words = {"dtype": list(ITEM), "method": list(BITS)}.get(name, [])
+    words = {"dtype": list(ITEM)}.get(name, [])
     if words and value not in words:
         raise SettingsError(f"{name} = {value!r} was given; there are: {', '.join(words)}.")
     if not words and (not isinstance(value, int) or value < 1):

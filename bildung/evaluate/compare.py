@@ -200,7 +200,7 @@ def _compare_logits(a_CV: Tensor, b_CV: Tensor, target_C1: Tensor) -> tuple[Tens
     logp_CV, logq_CV = a_CV.log_softmax(-1), b_CV.log_softmax(-1)
     nll_a, nll_b = (-logp.gather(1, target_C1)[:, 0] for logp in (logp_CV, logq_CV))
     change_CV = logq_CV.neg_().add_(logp_CV)
-    kl = torch.linalg.vecdot(logp_CV.exp_(), change_CV)
+    kl = torch.einsum("cv,cv->c", logp_CV.exp_(), change_CV)
     return kl, same, gap, nll_a, nll_b
 
 

@@ -165,7 +165,7 @@ def objective(lm: LanguageModel) -> Callable[[TunedLens, Pieces], LossSum]:
         # Of the model's own log-probabilities one stretch exists at a time; each is compared with all layers.
         for rows, log_p_NV in _final(lm, final_ND):
             p_NV = log_p_NV.exp()
-            value += torch.linalg.vecdot(p_NV, log_p_NV).sum() * len(read)
+            value += torch.einsum("nv,nv->n", p_NV, log_p_NV).sum() * len(read)
             del log_p_NV
             for layer, h_ND in enumerate(read):
                 with torch.no_grad():
@@ -173,7 +173,7 @@ def objective(lm: LanguageModel) -> Callable[[TunedLens, Pieces], LossSum]:
                 with torch.enable_grad():
                     logits_NV = lens_logits(lm.model, leaf_ND.requires_grad_())
                 log_q_NV = logits_NV.detach().float().log_softmax(-1)
-                value -= torch.linalg.vecdot(p_NV, log_q_NV).sum()
+                value -= torch.einsum("nv,nv->n", p_NV, log_q_NV).sum()
                 slope_NV = log_q_NV.exp_().sub_(p_NV).to(logits_NV.dtype)  # of KL(p || q): q - p, in the place of log q
                 (slopes[layer][rows],) = torch.autograd.grad(logits_NV, leaf_ND, slope_NV)
                 del logits_NV, log_q_NV, slope_NV

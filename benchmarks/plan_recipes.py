@@ -4,8 +4,8 @@
 
 Each recipe is lived in a process of its own, as on the command line, into a directory that is thrown away; predicted
 and measured peaks are those of its records. What is cut, so that it takes minutes: trainings have `--steps` steps, are
-measured after each, and answer few questions; and what CUT says. All else is the recipe's: models, data, batches,
-lengths, optimizers, cards.
+measured after each, and answer few questions; a card asks few; and what CUT says. All else is the recipe's: models,
+data, batches, lengths, optimizers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from bildung.core.recipe import Recipe, Step, read_recipe
 from bildung.core.record import Record, read_record
 
 RECIPES = tuple(sorted(path.stem for path in Path("recipes").glob("*.yaml")))
+QUESTIONS = 8  # of each task of a card
 OFTEN = ("evaluate_every", "induction_every")  # every so many steps
 CUT: Mapping[str, Mapping[str, Any]] = {
     "gpt2_124m/tokens": {"data": "nursery:brown", "limit": 500, "held_out": 5},  # 2.5 million documents of the hub
     "gpt2_124m/model": {"max_length": 256, "batch_size": 2, "held_out_tokens": 2_000},  # 16 rows of 1,024, eight GPUs
     "generative_discriminative/curve": {"sizes": [8, 64], "rounds": 1, "test_limit": 64},  # up to 19,800, three draws
     "self_instruct/written": {"instructions": 4},  # 100
-    "self_instruct/tuned": {"held_out": 1},  # 10
-    "tuning_methods/compared": {"limit": 72},  # 400
+    "self_instruct/tuned": {"held_out": 1, "card": {"limit": QUESTIONS}},  # 10
+    "tuning_methods/compared": {"limit": 72, "methods": ["lora", "prefix:init=random", "adapter:kind=parallel"]},  # 9
 }
 
 
@@ -80,7 +81,11 @@ def shortened(title: str, place: Path, steps: int) -> Recipe:
 
     made = [
         dataclasses.replace(
-            step, source=moved(step.source), out=place / step.name, given=moved(cut(title, step, steps))
+            step,
+            source=moved(step.source),
+            out=place / step.name,
+            given=moved(cut(title, step, steps)),
+            defaults=step.defaults | ({"card": {"limit": QUESTIONS}} if "card" in step.defaults else {}),
         )
         for step in recipe.steps
     ]

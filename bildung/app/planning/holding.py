@@ -1,5 +1,6 @@
 """The plan of operations that hold a model and hardly run it.
 
+    adopt                             adopting.py
     merge, quantize, evaluate         measuring.py
     show, sites, relink, look table   the model, as it lies in its files; relink an adapter beside it
     tune combine, tune cut            the model, the adapters on it, and its files once more, to be compared
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 
+from bildung.app.planning.adopting import adopt_passes
 from bildung.app.planning.looks_text import writing
 from bildung.app.planning.measuring import evaluate_passes, merge_passes, quantize_passes
 from bildung.app.planning.passes import Look, Pass
@@ -140,7 +142,7 @@ def embed(look: Look) -> list[Pass]:
     def run(lms: list[LanguageModel]) -> Any:
         model = lms[0].model
         tokens_BL = torch.zeros(rows, length, dtype=torch.long, device=model.device)
-        keep_BL = torch.ones(rows, length, dtype=torch.bool, device=model.device)
+        keep_BL = (torch.arange(length) < torch.tensor(lengths[-rows:])[:, None]).to(model.device)
         h_BLD = model.hidden(tokens_BL, keep_BL=keep_BL).float()
         return h_BLD, h_BLD * keep_BL[..., None]
 
@@ -184,6 +186,7 @@ def adapter_bytes(directory: Path) -> int:
 
 
 HOLDING: Mapping[str, Callable[[Look], list[Pass]]] = {
+    "adopt": adopt_passes,
     "merge": merge_passes,
     "quantize": quantize_passes,
     "evaluate": evaluate_passes,

@@ -15,11 +15,13 @@ from rich.table import Table
 
 from bildung.app.planning import plain, several, using
 from bildung.app.planning.passing import PASSING, looked
+from bildung.app.planning.reading import tokenizers_bytes
 from bildung.app.planning.training import runtime, subject
 from bildung.core.errors import BildungError, SettingsError
 from bildung.core.progress import size
 from bildung.core.recipe import Recipe, Step, read_recipe
 from bildung.core.verbs import Verb
+from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.plan import KERNELS
 
 
@@ -75,15 +77,20 @@ def step_parts(
         raise SettingsError(f"{source} is not there yet.")
     if name in using.OPERATIONS:
         known = {key: value for key, value in values.items() if key in using.GIVEN[name] and value is not None}
-        kernels = KERNELS if name != "adopt" else 0  # which runs nothing
-        return using.use(name, source, known, kernels if beside else runtime()).parts
+        if "prompts" in values:
+            known |= using.asked_in(values["prompts"], known.get("new_tokens", 64), source)
+        parts = using.use(name, source, known, KERNELS if beside else runtime()).parts
+        return {**parts, "tokenizers": tokenizers_bytes([Tokenizer.load(using.base_of(source))])} if beside else parts
     if name in PASSING or name == "look index":
-        made = looked(name, source, values, own=0 if beside else None)
-        return max(made, key=lambda one: one.peak_bytes).parts
+        made = max(looked(name, source, values, own=0 if beside else None), key=lambda one: one.peak_bytes)
+        if not beside:
+            return made.parts
+        tokenizers = {id(one.tokenizer): one.tokenizer for one in made.look.lms if isinstance(one.tokenizer, Tokenizer)}
+        return {**made.parts, "tokenizers": tokenizers_bytes(tokenizers.values())}
     given = several.with_stand_ins(kind, values)
     if name in several.SEVERAL:
         trained = [one.parts(on_accelerator) for one in several.trainings(name, source, given)]
-        parts = max(trained, key=lambda some: sum(some.values()))
+        found = max(trained, key=lambda some: sum(some.values()))
     else:
-        parts = subject(name, source, given).plan(on_accelerator).parts
-    return {**parts, "runtime": KERNELS} if beside else parts
+        found = subject(name, source, given).plan(on_accelerator).parts
+    return {**found, "runtime": KERNELS} if beside else found

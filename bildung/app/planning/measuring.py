@@ -73,9 +73,7 @@ def quantize_passes(look: Look) -> list[Pass]:
     item = lm.model.weight_dtype.itemsize
     rest = sum(one.numel() for one in quantized.model.parameters())
     rounded = 0 if lm.model.weight_dtype == torch.float32 else 4 * _dense(quantized.model)
-    unpacked = (
-        stores if given.method == "int8" else 0
-    )  # four numbers of its file are one; nf4's are as used
+    unpacked = stores if given.method == "int8" else 0  # four numbers of its file are one; nf4's are as used
     # What is left behind while they are made is given back matrix by matrix (core/hardware.py).
     look.later |= {"quantized": stores, "quantized, as it is written": stores, "not given back yet": Tidy.SLACK}
     return [*card_passes(look, given.card), *_compared(look, quantized, stores + unpacked + rest * item, rounded)]

@@ -1,16 +1,13 @@
-"""The plan of operations that take a model as it lies on the disk, and of which a few numbers say all.
+"""The plan of operations that write text: generate and chat.
 
-    adopt             the files, read as they lie on the disk, and the model in its type
-    generate, chat    the model, keys and values of the whole context, and the activations of the prompt
-
-Files are mapped: as long as a weight keeps its type, its bytes are the file's. What is computed is counted on paper, as
-for training (train/ledger.py).
+They hold the model, its matrices packed, keys and values of the whole context, and the activations of the prompt. Files
+are mapped: their bytes are the weights'. What is computed is counted on paper, as for training (train/ledger.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +16,17 @@ import torch
 from bildung.core.errors import SettingsError, nearest
 from bildung.model.config import read_config
 from bildung.model.count import cache_bytes, count, on_paper, totals
+from bildung.model.linear import Dense
 from bildung.model.safetensors_file import read_tensors
+from bildung.model.store import LanguageModel, load
+from bildung.tokens.chat_template import encode_chat
+from bildung.tokens.tokenizer import Tokenizer
 from bildung.train.ledger import Ledger, paper_of, without_numbers
 from bildung.train.plan import HOLES
 
 BITS = {"int8": 8.0, "nf4": 4.127}  # of a quantized weight (model/quantized.py)
-ITEM = {"float32": 4, "bfloat16": 2, "float16": 2}
-OPERATIONS = ("adopt", "generate", "chat")
+OPERATIONS = ("generate", "chat")
 GIVEN: Mapping[str, Mapping[str, Any]] = {
-    "adopt": {"dtype": None},
     "generate": {"rows": 1, "prompt": 512, "new_tokens": 64},
     "chat": {"rows": 1, "prompt": 512, "new_tokens": 64},
 }
@@ -60,54 +59,56 @@ def use(operation: str, source: Path, given: Mapping[str, Any], runtime: int) ->
     base = base_of(source)
     config, file = read_config(base), file_bytes(base)
     limit = getattr(config, "max_position_embeddings", None) or 2**62
-    if "prompt" in known:
-        if config.kind in ("encoder", "classifier", "vision"):
-            raise SettingsError(f"{source} is a {config.model_type} of kind {config.kind!r}, which does not write.")
-        if given.get("prompt", 1) > limit:
-            raise SettingsError(f"prompt = {given['prompt']} was given; the model reads at most {limit} tokens.")
-        asked["prompt"] = min(asked["prompt"], limit)
+    if config.kind in ("encoder", "classifier", "vision"):
+        raise SettingsError(f"{source} is a {config.model_type} of kind {config.kind!r}, which does not write.")
+    if given.get("prompt", 1) > limit:
+        raise SettingsError(f"prompt = {given['prompt']} was given; the model reads at most {limit} tokens.")
+    length = asked["prompt"] = min(asked["prompt"], limit)
     model = on_paper(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     stored = round(file / max(1, parameters))  # bytes of a weight
-    length = min(asked.get("prompt", 1), limit)
-    parts = {"weights": file}
-    if operation == "adopt":
-        item = ITEM[asked["dtype"]] if asked["dtype"] else stored
-        parts["weights in another type"] = parameters * item if item != stored else 0
-    else:
-        dtype = torch.float32 if stored == 4 else torch.bfloat16
-        context = min(asked["prompt"] + asked["new_tokens"], limit)
-        parts["packed matrices"] = packed_bytes(model, dtype.itemsize)
-        parts["keys and values"] = asked["rows"] * cache_bytes(config, context, dtype.itemsize)
-        parts |= computed(model, asked["rows"], asked["prompt"], dtype)
+    dtype = torch.float32 if stored == 4 else torch.bfloat16
+    context = min(asked["prompt"] + asked["new_tokens"], limit)
+    parts = {
+        "weights": file,
+        "packed matrices": packed_bytes(lm.model if (lm := _quantized(base, config)) else model, dtype.itemsize),
+        "keys and values": asked["rows"] * cache_bytes(config, context, dtype.itemsize),
+        **computed(model, asked["rows"], length, dtype),
+    }
     _, multiply_adds = totals(count(model, length))
     held = {name: int(bytes_) for name, bytes_ in parts.items() if bytes_}
     return Use(parameters, round(2 * multiply_adds / length), {**held, "runtime": runtime}, length)
 
 
+def asked_in(prompts: Sequence[str], new_tokens: int, source: Path) -> dict[str, Any]:
+    """The settings of a plan of `chat` with these prompts, every answer as long as it may be."""
+    tokenizer = Tokenizer.load(base_of(source))
+    messages = [{"role": role, "content": text} for one in prompts for role, text in (("user", one), ("assistant", ""))]
+    read = len(encode_chat(tokenizer, messages[:-1], add_generation_prompt=True))
+    return {"prompt": read + (len(prompts) - 1) * new_tokens, "new_tokens": new_tokens}
+
+
+def _quantized(base: Path, config: Any) -> LanguageModel | None:
+    """The model, if it is quantized: which matrices are, stands in its files."""
+    return load(base) if "quantization_config" in config.raw else None
+
+
 def using_less(operation: str, given: dict[str, Any], length: int) -> list[dict[str, Any]]:
     """Settings that take less, the smallest change first. length: of the prompt that was planned."""
-    asked = {**GIVEN[operation], **given}
-    if "prompt" in asked:
-        asked["prompt"] = length
+    asked = {**GIVEN[operation], **given, "prompt": length}
     found: list[dict[str, Any]] = []
-    while asked.get("rows", 1) > 1:
+    while asked["rows"] > 1:
         asked = {**asked, "rows": asked["rows"] // 2}
         found.append(asked)
-    while asked.get("prompt", 0) > 128:
+    while asked["prompt"] > 128:
         asked = {**asked, "prompt": asked["prompt"] // 2}
         found.append(asked)
-    if "dtype" in asked:
-        found.append({**asked, "dtype": "bfloat16"})
     return found
 
 
 def check_value(name: str, value: Any) -> None:
     """Raises SettingsError for a value that no plan can be made with."""
-    words = {"dtype": list(ITEM)}.get(name, [])
-    if words and value not in words:
-        raise SettingsError(f"{name} = {value!r} was given; there are: {', '.join(words)}.")
-    if not words and (not isinstance(value, int) or value < 1):
+    if not isinstance(value, int) or value < 1:
         raise SettingsError(f"{name} = {value!r} was given; it must be a number of at least 1.")
 
 
@@ -131,7 +132,8 @@ def file_bytes(directory: Path) -> int:
 
 def packed_bytes(model: Any, item: int) -> int:
     """The second copy of the matrices that decoding keeps on a CPU (model/packed.py)."""
-    return item * sum(one.in_features * one.out_features for one in model.linears().values())
+    dense = [one for one in model.linears().values() if isinstance(one.base, Dense)]  # quantized ones stay as they are
+    return item * sum(one.in_features * one.out_features for one in dense)
 
 
 def computed(model: Any, rows: int, length: int, dtype: torch.dtype) -> dict[str, int]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError
+from bildung.core.hardware import Tidy
 from bildung.look.asked import stack_prefix, with_source
 from bildung.look.lenses.translators import TunedLens, check_belongs
 from bildung.look.precise import check_numbers
@@ -85,9 +86,10 @@ def logit_lens(
     """
     check_has_lens(lm)
     lm, ids = text_in(lm, prompt, chat=chat, limit=max_tokens, answer=answer, new_tokens=ANSWER)
-    reading = _Reading(lm, ids, tuned)
+    reading, tidy = _Reading(lm, ids, tuned), Tidy()
     for layer in range(lm.config.num_hidden_layers):
         reading.row(layer)
+        tidy()
     return reading.result()
 
 
@@ -115,9 +117,13 @@ def lens_difference(
     source = ids
     a, ids = text_in(a, ids, limit=max_tokens, answer=answer, new_tokens=ANSWER)
     b = with_source(b, source) if hasattr(b.model, "given") else b
-    one, other = _Reading(a, ids, tuned[0]), _Reading(b, ids, tuned[1])
+    one, other, tidy = _Reading(a, ids, tuned[0]), _Reading(b, ids, tuned[1]), Tidy()
     # Layer by layer in step: the log-probabilities of all layers at once would be N x L x V numbers.
-    kl_NL = torch.stack([kl(one.row(n), other.row(n)) for n in range(a.config.num_hidden_layers)])
+    kls = []
+    for layer in range(a.config.num_hidden_layers):
+        kls.append(kl(one.row(layer), other.row(layer)))
+        tidy()
+    kl_NL = torch.stack(kls)
     first, second = one.result(), other.result()
     differs_NL = first.top_ids_NLK[..., 0] != second.top_ids_NLK[..., 0]
     return LensDifference(first, second, kl_NL, torch.where(differs_NL.any(0), differs_NL.int().argmax(0), -1))

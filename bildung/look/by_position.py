@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from bildung.core.errors import DataError, SettingsError
+from bildung.core.hardware import Tidy, give_back_memory
 from bildung.core.operation import Job, perform
 from bildung.core.record import Record
 from bildung.core.settings import settings as settings_class
@@ -76,6 +77,7 @@ def by_position(source: Path, out: Path, settings: Settings, *, force: bool = Fa
         first = load(source)
         trained = settings.trained or _trained_length(first)
         tokens_RL = pieces(first, settings)
+        give_back_memory()  # all of the text and its tokens, of which these are a few
         found = []
         for place in places:
             lm = first if place is places[0] else load(place)
@@ -134,11 +136,12 @@ def curve(lm: LanguageModel, name: str, tokens_RL: Tensor, trained: int, bins: i
 
 def losses(lm: LanguageModel, tokens_RL: Tensor) -> Tensor:
     """Mean -log p of the token after each position but the last, nats, float32 (L - 1,)."""
-    total_L = torch.zeros(tokens_RL.shape[1] - 1)
+    total_L, tidy = torch.zeros(tokens_RL.shape[1] - 1), Tidy()
     for rows in tokens_RL.split(max(1, BATCH_TOKENS // tokens_RL.shape[1])):
         rows = rows.to(lm.model.device)
         h_RLD = lm.model.hidden(rows)[:, :-1]
         total_L += surprisal(lm.model, h_RLD.flatten(0, 1), rows[:, 1:].flatten()).view(len(rows), -1).sum(0).cpu()
+        tidy()
     return total_L / len(tokens_RL)
 
 

@@ -81,7 +81,7 @@ def attend(
     """softmax(q k^T · scale, masked) v of shape BNLH; every query is in one of the blocks and sees a key. dropout: the
     share of the probabilities that is set to 0, the others being scaled up."""
     seed = torch.randint(2**62, (1,)) if dropout else torch.zeros(1, dtype=torch.int64)
-    z_BLNH: Tensor = _attend(q_BNLH, k_BKSH, v_BKSH, scale, blocks.table, blocks.bias, dropout, seed)
+    z_BLNH: Tensor = torch.ops.bildung.attend(q_BNLH, k_BKSH, v_BKSH, scale, blocks.table, blocks.bias, dropout, seed)
     return z_BLNH.transpose(1, 2)
 
 
@@ -89,12 +89,14 @@ def attend(
 GIVEN = "Tensor q, Tensor k, Tensor v, float scale, Tensor table, Tensor bias, float dropout, Tensor seed"
 
 
-@torch.library.custom_op(
-    "bildung::attend",
-    mutates_args=(),
-    schema=f"({GIVEN}) -> Tensor",
-)
-def _attend(
+# Defined one by one: torch.library.custom_op would import torch._dynamo at the first call, 90 MB and a second.
+_LIBRARY = torch.library.Library("bildung", "DEF")
+_LIBRARY.define(f"attend({GIVEN}) -> Tensor", tags=())
+_LIBRARY.define(f"attend_backward(Tensor dz, {GIVEN}) -> (Tensor, Tensor, Tensor)", tags=())
+
+
+@torch.library.impl(_LIBRARY, "attend", "CompositeExplicitAutograd")
+def _attend_kernel(
     q_BNLH: Tensor,
     k_BKSH: Tensor,
     v_BKSH: Tensor,
@@ -116,12 +118,8 @@ def _attend(
     return z_BLNH
 
 
-@torch.library.custom_op(
-    "bildung::attend_backward",
-    mutates_args=(),
-    schema=f"(Tensor dz, {GIVEN}) -> (Tensor, Tensor, Tensor)",
-)
-def _attend_backward(
+@torch.library.impl(_LIBRARY, "attend_backward", "CompositeExplicitAutograd")
+def _attend_backward_kernel(
     dz_BLNH: Tensor,
     q_BNLH: Tensor,
     k_BKSH: Tensor,
@@ -176,7 +174,7 @@ class _Drop:
         return dp_KRW if self.factors is None else dp_KRW.mul_(self.factors)
 
 
-@_attend.register_fake
+@torch.library.register_fake("bildung::attend", lib=_LIBRARY)
 def _(
     q: Tensor, k: Tensor, v: Tensor, scale: float, table: Tensor, bias: Tensor, dropout: float, seed: Tensor
 ) -> Tensor:
@@ -184,7 +182,7 @@ def _(
     return q.new_empty(B, L, N, H)
 
 
-@_attend_backward.register_fake
+@torch.library.register_fake("bildung::attend_backward", lib=_LIBRARY)
 def _(
     dz: Tensor,
     q: Tensor,
@@ -206,11 +204,11 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _slopes(ctx: Any, dz_BLNH: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, table, bias, seed = ctx.saved_tensors
-    slopes = _attend_backward(dz_BLNH, q, k, v, ctx.scale, table, bias, ctx.dropout, seed)
+    slopes = torch.ops.bildung.attend_backward(dz_BLNH, q, k, v, ctx.scale, table, bias, ctx.dropout, seed)
     return *slopes, None, None, None, None, None
 
 
-_attend.register_autograd(_slopes, setup_context=_keep)
+torch.library.register_autograd("bildung::attend", _slopes, setup_context=_keep, lib=_LIBRARY)
 
 
 def _each(table: Tensor, bias: Tensor) -> Iterator[tuple[Any, Any, Tensor]]:

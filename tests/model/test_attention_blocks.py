@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -221,3 +223,16 @@ def test_compiled() -> None:
     run = torch.compile(lambda q, k, v: attend(q, k, v, 0.3, blocks), backend="aot_eager", fullgraph=True)
     for ours, theirs in zip(results(run, inputs()), results(by_blocks(mask), inputs()), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_calling_it_imports_no_compiler() -> None:
+    """That would be 90 MB and a second of every process that reads padded texts."""
+    code = (
+        "import sys, torch; from tests.model.test_attention_blocks import attend, inputs, masks, B, L\n"
+        "blocks = masks()['documents'].cut(torch.empty(B, L, 1), L).blocks\n"
+        "known = set(sys.modules)\n"
+        "attend(*inputs(), 0.3, blocks)\n"
+        "assert not [name for name in set(sys.modules) - known if name.startswith(('torch._dynamo', 'sympy'))]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

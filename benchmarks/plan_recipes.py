@@ -27,7 +27,13 @@ QUESTIONS = 8  # of each task of a card
 OFTEN = ("evaluate_every", "induction_every")  # every so many steps
 CUT: Mapping[str, Mapping[str, Any]] = {
     "gpt2_124m/tokens": {"data": "nursery:brown", "limit": 500, "held_out": 5},  # 2.5 million documents of the hub
-    "gpt2_124m/model": {"max_length": 256, "batch_size": 2, "held_out_tokens": 2_000},  # 16 rows of 1,024, eight GPUs
+    "gpt2_124m/model": {  # 16 rows of 1,024, hundreds of them a step, on eight GPUs
+        "max_length": 256,
+        "batch_size": 2,
+        "micro_steps": 1,
+        "parallel": "none",
+        "held_out_tokens": 2_000,
+    },
     "generative_discriminative/curve": {"sizes": [8, 64], "rounds": 1, "test_limit": 64},  # up to 19,800, three draws
     "self_instruct/written": {"instructions": 4},  # 100
     "self_instruct/tuned": {"held_out": 1, "card": {"limit": QUESTIONS}},  # 10

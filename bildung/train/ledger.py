@@ -67,6 +67,8 @@ class Ledger(TorchDispatchMode):
             args = (args[0], _places(args[1]), *args[2:])
         with self._made_on_paper(func, kwargs or {}):
             found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mkldnn_rnn_layer.default and not found[3].numel():
+            found = (*found[:3], found[3].new_empty(_workspace(args[0], found[0])))
         for made, returned in zip(found if len(_returns(func)) > 1 else (found,), _returns(func), strict=True):
             if not returned:
                 continue
@@ -111,6 +113,15 @@ class Ledger(TorchDispatchMode):
     def _gone(self, key: int) -> None:
         kind, size = self._known.pop(key)
         self.alive[kind] -= size
+
+
+def _workspace(x_TBI: Tensor, h_TBH: Tensor) -> int:
+    """Bytes that oneDNN's LSTM keeps of a layer for the backward pass: gates, states and their slopes. PyTorch says on
+    paper that there are none. Measured for 64 to 512 numbers: 15.2 to 15.7 for each of a state where the input is no
+    wider, 35.3 where it is four times as wide; in bfloat16 11.1 in place of 15.4."""
+    steps, rows, size = h_TBH.shape
+    count = steps * rows * (8.7 * size + 6.7 * max(x_TBI.shape[-1], size))
+    return int(count * (4 if h_TBH.dtype == torch.float32 else 2.9))
 
 
 @cache

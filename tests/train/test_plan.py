@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bildung.app.planning.training import text
 from bildung.core.hardware import Tidy
@@ -149,3 +151,28 @@ def test_ranks_share_what_the_textbook_says() -> None:
     assert replace(large, steps=10, varied=True).peak_bytes - large.peak_bytes == 10**9 // 2  # and are of no use
     # With one step the state comes when the activations are gone.
     assert replace(made, steps=1).on(1, "ddp") == 800 + 1600 + 400 + 5
+
+
+@pytest.mark.parametrize("inputs, size", [(64, 64), (128, 231), (256, 64)])
+def test_what_an_lstm_keeps_for_its_backward_pass_counts(inputs: int, size: int) -> None:
+    """PyTorch says on paper that oneDNN keeps nothing; what it really keeps is the last thing that it returns."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("without oneDNN the LSTM is another one")
+    kept: list[int] = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mkldnn_rnn_layer.default:
+                kept.append(found[3].nbytes)
+            return found
+
+    lstm, x_BTI = torch.nn.LSTM(inputs, size, batch_first=True), torch.zeros(4, 32, inputs)
+    with Seen():
+        lstm(x_BTI)
+    ledger = Ledger(lambda tensor: "all", paper_of(paper := without_numbers(lstm)))
+    with ledger:
+        held = paper(x_BTI)
+        counted = ledger.alive["all"]
+    del held
+    assert len(kept) == 1 and counted == pytest.approx(kept[0] + 4 * 32 * size * 4, rel=0.15)

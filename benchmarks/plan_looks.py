@@ -50,7 +50,7 @@ OPERATIONS = {
     "attribution": Tried("look attribution", {"prompt": PROMPT}),
     "trace": Tried(
         "look trace",
-        {"prompt": "The capital of France is", "subject": "France", "sites": "layers.*.resid_post", "samples": "4"},
+        {"prompt": "The capital of France is", "subject": "France", "sites": "resid_post", "samples": "4"},
     ),
     "patch": Tried("look patch", {"count": "8", "attribution": ""}),
     "path_patch": Tried("look path_patch", {"count": "2"}),

@@ -89,7 +89,7 @@ def attend(
 GIVEN = "Tensor q, Tensor k, Tensor v, float scale, Tensor table, Tensor bias, float dropout, Tensor seed"
 
 
-# Defined one by one: torch.library.custom_op would import torch._dynamo at the first call, 90 MB and a second.
+# Defined one by one: torch.library.custom_op would import torch._dynamo at the first call, 80 MB.
 _LIBRARY = torch.library.Library("bildung", "DEF")
 _LIBRARY.define(f"attend({GIVEN}) -> Tensor", tags=())
 _LIBRARY.define(f"attend_backward(Tensor dz, {GIVEN}) -> (Tensor, Tensor, Tensor)", tags=())

@@ -227,7 +227,7 @@ def test_compiled() -> None:
 
 @pytest.mark.slow
 def test_calling_it_imports_no_compiler() -> None:
-    """That would be 90 MB and a second of every process that reads padded texts."""
+    """That would be 80 MB of every process that reads padded texts."""
     code = (
         "import sys, torch; from tests.model.test_attention_blocks import attend, inputs, masks, B, L\n"
         "blocks = masks()['documents'].cut(torch.empty(B, L, 1), L).blocks\n"

@@ -24,7 +24,7 @@ import torch
 from bildung.app.planning.adopting import adopt_passes
 from bildung.app.planning.looks_text import writing
 from bildung.app.planning.measuring import evaluate_passes, merge_passes, quantize_passes
-from bildung.app.planning.passes import Look, Pass
+from bildung.app.planning.passes import Look, Pass, stored_type
 from bildung.app.planning.training import model_of
 from bildung.app.planning.using import base_of, file_bytes
 from bildung.core.errors import AdapterError, DataError, OutputError
@@ -116,7 +116,11 @@ def export(look: Look) -> list[Pass]:
     operation, source = inputs["operation"], inputs["source"]
     given = resolve(find(operation, verbs()).load().Settings, inputs["settings"])
     target = place.with_name(place.name.removesuffix(".partial"))
-    model = model_of(operation, Path(target / source["path"]).resolve() if source else target, given)
+    begun_from = Path(target / source["path"]).resolve() if source else target
+    model = model_of(operation, begun_from, given)
+    if (begun_from / "config.json").exists() and stored_type(begun_from) != model.weight_dtype:
+        look.later["the source's file, while its numbers change their type"] = file_bytes(begun_from)
+    look.runs = operation, begun_from
     held = {id(one): one for one in model.parameters()}.values()
     look.remarks.append(f"a run of {operation}")
     look.parts["weights"] = sum(one.nbytes for one in held)

@@ -13,13 +13,14 @@ The weights of all heads in float32 are as much as the attention's matrices, and
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 
 from bildung.app.planning.looks_text import writing
+from bildung.app.planning.measuring import in_type, rounded_bytes
 from bildung.app.planning.passes import Look, Pass
-from bildung.app.planning.using import packed_bytes
 from bildung.evaluate.likelihood import chunks
 from bildung.evaluate.task_file import choices_of, text_of
 from bildung.look.attention_heads.composition import composition
@@ -38,7 +39,7 @@ from bildung.look.patchscopes.facts import facts, relation_of
 from bildung.look.patchscopes.patchscopes import ROWS
 from bildung.look.prompt import encode_text, half
 from bildung.model.base import CausalLM
-from bildung.model.store import DTYPES, LanguageModel
+from bildung.model.store import DTYPES, LanguageModel, load
 
 ASKED = 64  # questions that are answered together, to find those that a model can answer
 QUESTIONS = 2048  # tokens of questions that are read together (evaluate/shared_prefix.py)
@@ -112,9 +113,9 @@ def in_context_passes(look: Look) -> list[Pass]:
     given = look.given
     lm = look.read(look.source)
     file, asked, pool, _ = read_questions(given)
-    item = DTYPES[given.dtype].itemsize
-    if item != lm.model.weight_dtype.itemsize:
-        look.parts["matrices in the type of the activations"] = packed_bytes(lm.model, item)
+    dtype = DTYPES[given.dtype]
+    look.parts["matrices in the type of the activations"] = rounded_bytes(look, dtype)
+    look.lms, look.loaders = [in_type(look, dtype)], [partial(load, look.source, given.dtype)]
 
     def length(row: Any) -> int:
         said = f"{text_of(file, row)}{file.target_delimiter}{choices_of(file, row)[0]}{file.fewshot_delimiter}"
@@ -124,25 +125,24 @@ def in_context_passes(look: Look) -> list[Pass]:
     mean = sum(map(length, some)) / max(1, len(some))
     shared = min(round(mean * max(given.shots)), lm.config.max_position_embeddings - QUESTIONS // 8)
     tokens = sum(map(length, asked)) + (len(CONTENT_FREE) * round(mean) if given.calibrate else 0)
+    at_once = min(QUESTIONS, tokens)
     look.remarks.append(f"the examples take about {mean:.0f} tokens each")
 
     @torch.no_grad()
     def run(lms: list[LanguageModel]) -> Any:
-        model, before = lms[0].model, lms[0].model.compute_dtype
-        model.compute_dtype = DTYPES[given.dtype]
-        cache = model.kv_cache(1, shared + QUESTIONS)
+        model = lms[0].model
+        cache = model.kv_cache(1, shared + at_once)
         if shared:
             model.hidden(torch.zeros(1, shared, dtype=torch.long, device=model.device), kv_cache=cache)
-        tokens_1L = torch.zeros(1, QUESTIONS, dtype=torch.long, device=model.device)
-        positions_1L = shared + torch.arange(QUESTIONS, device=model.device)[None] % 64
-        segments_1L = torch.arange(QUESTIONS, device=model.device)[None] // 64
+        tokens_1L = torch.zeros(1, at_once, dtype=torch.long, device=model.device)
+        positions_1L = shared + torch.arange(at_once, device=model.device)[None] % 64
+        segments_1L = torch.arange(at_once, device=model.device)[None] // 64
         h_1LD = model.hidden(tokens_1L, positions_BL=positions_1L, segments_BL=segments_1L, kv_cache=cache)
         for _, logits in chunks(model, h_1LD[0, ::8]):
             logits.float().log_softmax(-1)
-        model.compute_dtype = before
 
     draws = sum(given.rounds * given.orders if k > 1 else given.rounds if k else 1 for k in set(given.shots))
-    what = f"{shared} tokens of examples and {QUESTIONS} of questions"
+    what = f"{shared} tokens of examples and {at_once} of questions"
     return [Pass(what, run, draws * math.ceil(tokens / QUESTIONS))]
 
 

@@ -93,8 +93,8 @@ def _compared(look: Look, b: LanguageModel, written: int, rounded: int) -> list[
     b: the second in float32. written: bytes of it when it is read. rounded: of its matrices in float32, if that is
     another type.
     """
-    a = _in(look, torch.float32)
-    beside = {"the result, read": written, "matrices in float32": _rounded(look, torch.float32) + rounded}
+    a = in_type(look, torch.float32)
+    beside = {"the result, read": written, "matrices in float32": rounded_bytes(look, torch.float32) + rounded}
     look.lms += [a, b]
     look.loaders += [partial(load, look.source, "float32")] * 2
     if a.config.kind == "vision":
@@ -129,8 +129,8 @@ def card_passes(look: Look, card: CardSettings | None) -> list[Pass]:
         return []
     dtype = DTYPES[card.dtype]
     number = len(look.lms)
-    beside = {f"matrices in {card.dtype}": _rounded(look, dtype)}
-    look.lms.append(_in(look, dtype))
+    beside = {f"matrices in {card.dtype}": rounded_bytes(look, dtype)}
+    look.lms.append(in_type(look, dtype))
     look.loaders.append(partial(load, look.source, card.dtype))
     context = min(card.context, lm.config.max_position_embeddings)
     rows = max(1, card.batch_tokens // context)
@@ -156,7 +156,7 @@ def card_passes(look: Look, card: CardSettings | None) -> list[Pass]:
     return found
 
 
-def _in(look: Look, dtype: torch.dtype) -> LanguageModel:
+def in_type(look: Look, dtype: torch.dtype) -> LanguageModel:
     """The model that was read, on paper in another type."""
     lm = look.lms[0]
     if lm.model.dtype == dtype:
@@ -165,7 +165,7 @@ def _in(look: Look, dtype: torch.dtype) -> LanguageModel:
     return dataclasses.replace(made, tokenizer=lm.tokenizer)
 
 
-def _rounded(look: Look, dtype: torch.dtype) -> int:
+def rounded_bytes(look: Look, dtype: torch.dtype) -> int:
     """Bytes of what evaluate.likelihood.evaluating rounds once, of the model that was read."""
     model = look.lms[0].model
     return 0 if model.weight_dtype == dtype else dtype.itemsize * _dense(model)

@@ -88,6 +88,7 @@ class Look:
     said: list[str] = dataclasses.field(default_factory=list)  # what stands in for what
     remarks: list[str] = dataclasses.field(default_factory=list)
     loaders: list[Callable[[], LanguageModel]] = dataclasses.field(default_factory=list)
+    runs: tuple[str, Path] | None = None  # another operation that it runs, and what that starts from
 
     def read(self, path: Path, dtype: str | None = None, precise: bool = False) -> LanguageModel:
         """A model on paper, as the operation loads it; its bytes are added to those of the weights."""

@@ -102,9 +102,10 @@ def looked(
     passes = PASSING[operation](look)
     narrow = any(one.model.dtype != torch.float32 for one in look.lms)  # kernels of bfloat16 take as much as training's
     kernels = KERNELS if passes and (narrow or any(one.back for one in passes)) else FORWARD if passes else 0
-    place = base_of(source) if (source / ADAPTER).exists() else source
+    verb, place = look.runs or (operation, source)
+    place = base_of(place) if (place / ADAPTER).exists() else place
     if own is None:  # with the tokenizer of the first model
-        own = own_bytes(find(operation, verbs()).load().__name__, place)
+        own = own_bytes(find(verb, verbs()).load().__name__, place)
         first = look.lms[0].tokenizer if look.lms else None
         others = {id(one.tokenizer): one.tokenizer for one in look.lms if one.tokenizer is not first}
         look.parts["tokenizers"] = tokenizers_bytes(one for one in others.values() if isinstance(one, Tokenizer))

@@ -220,13 +220,13 @@ def several_times(settings: Command, source: Path, room: int, on_accelerator: bo
 
 def untrained(settings: Command, source: Path, room: int, console: Console) -> bool:
     """The plan of an operation that trains nothing; whether it fits."""
+    from bildung.app.planning.passes import process_bytes
     from bildung.app.planning.tables import arithmetic, parts_table
-    from bildung.app.planning.training import runtime
     from bildung.app.planning.using import base_of, use, using_less
     from bildung.model.config import read_config
     from bildung.model.count import on_paper
 
-    made = use(settings.operation, source, words(settings.given), runtime())
+    made = use(settings.operation, source, words(settings.given), process_bytes(settings.operation, source))
     console.print(
         f"  {made.parameters:,} parameters; {made.flops_per_token:,} floating-point operations per token read"
     )

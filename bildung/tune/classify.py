@@ -118,6 +118,7 @@ def classify(source: Path, out: Path, settings: Settings, *, force: bool = False
     def work(job: Job) -> None:
         lm = load(source)
         dtype, is_quantized = lm.model.weight_dtype, bool(quantized(lm.model))
+        del lm  # its file would be mapped beside the next one's
         # What trains is float32. Quantized matrices do not, and are dequantized to what the activations run in.
         lm = load(source, FROZEN[settings.precision] if is_quantized else "float32")
         if lm.config.kind not in ("encoder", "decoder", "classifier"):

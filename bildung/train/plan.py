@@ -55,7 +55,7 @@ HOLES = 0.3
 the same size has left, so holes add up; with every tensor mapped apart (MALLOC_MMAP_THRESHOLD_=131072) there are none
 and a step takes twice as long. Measured on SmolLM2 (docs/log.md): 0.30 and 0.34, and 0.00 with tensors mapped apart."""
 DRIFTS_AFTER = 10
-"""Steps, about, until holes have grown. Where all batches have one shape they grow by what fit lets them grow before it
+"""Micro-batches, about, until holes have grown. Where all have one shape they grow by what fit lets them grow before it
 gives memory back (hardware.Tidy); a batch of another shape fits into none of them, and they are twice as large. In a
 small step they grow by less, as much again at most. Measured: docs/log.md."""
 KERNELS = 70_000_000
@@ -77,6 +77,7 @@ class Plan:
     kept: int = 0
     runtime: int = 0
     steps: int = 2  # with one step, the optimizer's state comes after the activations are gone
+    passes: int = 2  # micro-batches of all steps together
     holes: float = 0.0  # a share of the moment
     varied: bool = False  # batches differ in shape
     divisible: int = 1  # numbers of ranks that divide this can share the matrices (tensor parallelism)
@@ -112,7 +113,7 @@ class Plan:
             found = [{**moment, "cast": moment.get("cast", 0) // ranks} for moment in found]
         fullest = max(found, key=lambda moment: sum(moment.values()))
         holes = int(self.holes * sum(fullest.values()))
-        if self.steps >= DRIFTS_AFTER:
+        if self.passes >= DRIFTS_AFTER:
             holes += holes if self.varied else min(holes, Tidy.SLACK)
         whole = {**fixed, **fullest, "holes": holes}
         update = {**fixed, "gradients": int(self.gradients * gradients), "optimizer": int(self.optimizer * optimizer)}
@@ -180,6 +181,7 @@ def plan(
         checkpoint=gradients + state if checkpoint else 0,
         runtime=(psutil.Process().memory_info().rss + KERNELS if runtime is None else runtime) if on_cpu else 0,
         steps=steps,
+        passes=steps * micro_steps,
         holes=HOLES if on_cpu else 0.0,
         varied=varied,
         divisible=divisible,

@@ -113,6 +113,7 @@ def test_parts_of_a_full_training() -> None:
     assert made.parameters == made.trainable == size
     # From the second micro-batch on, the gradients of those before are there from the start.
     assert plan(model, any_objective, (2, 16), micro_steps=2).peak_bytes > made.peak_bytes
+    assert plan(model, any_objective, (2, 16), micro_steps=4, steps=3).passes == 12
     with_copy = plan(model, any_objective, (2, 16), checkpoint=True)
     assert with_copy.parts["checkpoint"] == 12 * size
 
@@ -145,10 +146,10 @@ def test_ranks_share_what_the_textbook_says() -> None:
     assert cut.on(4, "tensor") == 80 + 720 // 4 + (30 + 270 // 4) + 100 + 160 + 1440 // 4 + 5
     assert made.parts["activations"] in (0, 90)
     assert replace(made, holes=0.5).on(4, "zero3") == 200 + 400 + 75 + 100 + 87 + 5
-    assert replace(made, holes=0.5, steps=10).on(4, "zero3") == 200 + 400 + 75 + 100 + 2 * 87 + 5  # holes grow
+    assert replace(made, holes=0.5, passes=10).on(4, "zero3") == 200 + 400 + 75 + 100 + 2 * 87 + 5  # holes grow
     large = replace(made, holes=0.5, moments=({"activations": 10**9},))
-    assert replace(large, steps=10).peak_bytes - large.peak_bytes == Tidy.SLACK  # until memory is given back
-    assert replace(large, steps=10, varied=True).peak_bytes - large.peak_bytes == 10**9 // 2  # and are of no use
+    assert replace(large, passes=10).peak_bytes - large.peak_bytes == Tidy.SLACK  # until memory is given back
+    assert replace(large, passes=10, varied=True).peak_bytes - large.peak_bytes == 10**9 // 2  # and are of no use
     # With one step the state comes when the activations are gone.
     assert replace(made, steps=1).on(1, "ddp") == 800 + 1600 + 400 + 5
 

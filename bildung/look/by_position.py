@@ -118,9 +118,7 @@ def pieces(lm: LanguageModel, settings: Settings) -> Tensor:
 def curve(lm: LanguageModel, name: str, tokens_RL: Tensor, trained: int, bins: int) -> Curve:
     """The loss of one model at every position after the first, averaged over rows and within groups."""
     config = lm.config
-    limit = config.max_position_embeddings if getattr(config, "positions", "") == "learned" else tokens_RL.shape[1]
-    read_RL = tokens_RL[:, :limit]
-    loss_L = losses(lm, read_RL)
+    loss_L = losses(lm, readable(lm, tokens_RL))
     width = tokens_RL.shape[1] / bins
     groups = [loss_L[math.ceil(i * width) : math.ceil((i + 1) * width)] for i in range(bins)]
     full = [group for i, group in enumerate(groups) if math.ceil((i + 1) * width) - 1 <= len(loss_L)]
@@ -132,6 +130,12 @@ def curve(lm: LanguageModel, name: str, tokens_RL: Tensor, trained: int, bins: i
         within=loss_L[: trained - 1].mean().item(),
         beyond=loss_L[trained - 1 :].mean().item() if len(loss_L) >= trained else None,
     )
+
+
+def readable(lm: LanguageModel, tokens_RL: Tensor) -> Tensor:
+    """The tokens at positions that the model has: a learned table ends."""
+    learned = getattr(lm.config, "positions", "") == "learned"
+    return tokens_RL[:, : lm.config.max_position_embeddings] if learned else tokens_RL
 
 
 def losses(lm: LanguageModel, tokens_RL: Tensor) -> Tensor:

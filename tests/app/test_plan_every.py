@@ -86,6 +86,7 @@ def places(tiny_lm_directory: Path, tmp_path_factory: pytest.TempPathFactory) ->
 STARTS = {
     "merge": "lora", "tune cut": "lora", "relink": "lora", "embed": "bert", "look alignment": "seq2seq",
     "look image_attention": "vit", "tune stretch": "gpt2", "tune bitfit": "gpt2", "export": "run", "live": "recipe",
+    "self-instruct": "gpt2",
 }  # fmt: skip
 BORN = {
     "pretrain causal": "{model_type: llama, hidden_size: 16, intermediate_size: 24, num_hidden_layers: 1, "

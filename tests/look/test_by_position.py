@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bildung
+from bildung.app.planning.passing import looked
 from bildung.core.errors import DataError, SettingsError
 from bildung.look.by_position import Settings, by_position
 from bildung.model.build import build
@@ -46,6 +47,8 @@ def test_numbers_and_picture(text: str, tmp_path: Path) -> None:
     by_name = {one["name"]: one for one in numbers["models"]}
     assert {name: len(one["loss"]) for name, one in by_name.items()} == {"rope": 8, "learned": 2, "integer": 8}
     assert by_name["learned"]["beyond"] is None and by_name["integer"]["positions"] == "integer"
+    (planned,) = looked("look by_position", first, {"data": text, "others": others, "length": 64, "rows": 4})
+    assert planned.parts["logits"] > 4 * 64 * 260 * 4  # the table that ends at 16 is no reason not to plan
     # By hand: no tokens of the skipped document, pieces of 64 tokens that share one.
     lm = bildung.load(first)
     rows = []

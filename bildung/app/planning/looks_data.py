@@ -25,7 +25,7 @@ from bildung.app.planning.passes import PICTURE, Look, Pass
 from bildung.data.tagged import read_tagged
 from bildung.data.text import documents
 from bildung.look.asked import stack_in
-from bildung.look.by_position import BATCH_TOKENS, losses
+from bildung.look.by_position import BATCH_TOKENS, losses, readable
 from bildung.look.gradient_distance import gradient_norms
 from bildung.look.lenses.translators import TunedLens
 from bildung.look.patchscopes.patchscopes import streams
@@ -165,7 +165,8 @@ def by_position_passes(look: Look) -> list[Pass]:
 
     @torch.no_grad()
     def run(lms: list[LanguageModel]) -> Any:
-        return [losses(lm, torch.zeros(rows, given.length, dtype=torch.long)) for lm in lms]
+        tokens_RL = torch.zeros(rows, given.length, dtype=torch.long)
+        return [losses(lm, readable(lm, tokens_RL)) for lm in lms]
 
     return [Pass(f"{rows} rows of {given.length} tokens by each model", run, -(-given.rows // rows))]
 

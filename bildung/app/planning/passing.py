@@ -45,6 +45,7 @@ STANDS_IN: Mapping[str, Any] = {
     "against": Path("."),
     "image": Path("."),
     "adapters": (),
+    "b": Path("."),
     "base": Path("."),
     "out": Path("."),
     "positions": 2,

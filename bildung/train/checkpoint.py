@@ -21,6 +21,8 @@ then costs, beside the steps since the last checkpoint, those that were made whi
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import shutil
@@ -62,6 +64,14 @@ def put(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             parameter.copy_(tensors[name])
 
 
+def alone() -> None:
+    """This thread computes by itself. With a team of OpenMP's of its own there would be more threads than cores, and
+    the training thread's team would sleep where it waits: a small model's steps then take twice as long."""
+    torch.get_num_threads()  # which sets what is set below, the first time
+    with contextlib.suppress(OSError, AttributeError):  # another OpenMP
+        ctypes.CDLL(None).omp_set_num_threads(1)
+
+
 class Checkpoints:
     """Those of one run, in `out`: the newest `keep_last`, and the one with the lowest held-out loss.
 
@@ -83,7 +93,7 @@ class Checkpoints:
         self.out, self.model, self.optimizer, self.carried = out, model, optimizer, carried
         self.keep_last, self.in_background = keep_last, in_background
         self._group = ranks.side_group(rank_timeout)  # what the thread tells the others must not meet with gradients
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=alone)
         self._writing: Future[None] | None = None
 
     def __enter__(self) -> Checkpoints:
